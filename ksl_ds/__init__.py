@@ -1,0 +1,25 @@
+"""Winning tickets in language models: find the few embedding rows that carry a fine-tuning, and train only those."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["KSResult", "Ticket", "critical_count", "draw_ticket", "ks_2samp", "train_only_rows"]
+
+# Imported when first used, so that `ksl-ds --help` does not wait for torch.
+_HOMES = {
+    "KSResult": "ksl_ds.lottery.ks",
+    "ks_2samp": "ksl_ds.lottery.ks",
+    "critical_count": "ksl_ds.lottery.ks",
+    "Ticket": "ksl_ds.lottery.ticket",
+    "draw_ticket": "ksl_ds.lottery.ticket",
+    "train_only_rows": "ksl_ds.model.rows",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ksl_ds' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""One file per command, short, read like the paper's method section."""

@@ -1,0 +1,347 @@
+"""What a run is: typed sections, every default once, one clear sentence for every mistake.
+
+A recipe is a YAML file merged over the dataclasses below, then over `key=value` words of the command line (dotted keys).
+The help of a key is its `metadata["help"]`; `ksl-ds COMMAND --help` prints it from here, so it is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ksl_ds.errors import UserError
+
+PACKAGE_DIR = Path(__file__).parent
+
+
+def key(default: Any, text: str) -> Any:
+    """A dataclass field with its help text; lists and sections are copied for every recipe."""
+    if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
+        factory = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Model:
+    path: str = key(MISSING, "folder or Hub id of a Hugging Face causal language model")
+    revision: Optional[str] = key(None, "branch, tag or commit of a Hub model")
+    trust_remote_code: bool = key(False, "run Python code that the model's repository ships")
+    embedding_scope: Literal["input", "shared"] = key(
+        "input", "for tied models: `input` leaves the output head as it is (the paper's), `shared` moves it too"
+    )
+
+
+@dataclass
+class Text:
+    train: list[str] = key([], "one file (.jsonl .csv .tsv .parquet .po) or Hub id, or two line-aligned text files")
+    valid: list[str] = key([], "the same for validation; empty: no validation loss")
+    test: list[str] = key([], "the same for the held-out text that every stage is scored on")
+    train_split: str = key("train", "split name, for a Hub id in text.train")
+    valid_split: str = key("validation", "split name, for a Hub id in text.valid")
+    test_split: str = key("test", "split name, for a Hub id in text.test")
+    hub_config: Optional[str] = key(None, "configuration name of a Hub dataset, such as en-fr")
+    source_column: str = key("source", "column of the source sentence; dots enter nested columns (translation.en)")
+    target_column: str = key("target", "column of the translation")
+    source_language: str = key("English", "name of the source language, for the prompt")
+    target_language: str = key("French", "name of the target language, for the prompt")
+    prompt: str = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
+    max_length: int = key(1024, "longest prompt plus translation in tokens; longer training pairs are dropped")
+    max_words: Optional[int] = key(None, "longest source or target in words; longer pairs are dropped")
+    max_train_pairs: Optional[int] = key(None, "at most so many training pairs, taken after a seeded shuffle")
+    max_valid_pairs: Optional[int] = key(None, "at most so many validation pairs")
+    max_test_pairs: Optional[int] = key(None, "at most so many test pairs")
+
+
+@dataclass
+class Training:
+    batch_size: int = key(128, "pairs in a global batch: over all ranks and accumulation steps")
+    micro_batch_size: int = key(8, "pairs that one rank runs at once; the accumulation steps follow from it")
+    precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; the optimizer keeps fp32")
+    clip: float = key(1.0, "largest gradient norm; 0 switches clipping off")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
+    log_every: int = key(1, "steps between two lines of metrics.jsonl")
+    valid_every: Optional[int] = key(None, "steps between two validation losses; empty: at the end of training only")
+
+
+@dataclass
+class Tuning:
+    learning_rate: float = key(1e-3, "peak learning rate of AdamW")
+    epochs: float = key(3.0, "passes over the training text")
+    max_steps: Optional[int] = key(None, "optimizer steps; replaces epochs when given")
+    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "learning rate after the warm-up")
+    warmup: float = key(0.03, "share of the steps in which the learning rate rises from 0")
+    weight_decay: float = key(0.0, "AdamW's decoupled decay; of ticket rows: towards their base values")
+    betas: list[float] = key([0.9, 0.999], "AdamW's averaging coefficients")
+    epsilon: float = key(1e-8, "AdamW's denominator term")
+
+
+@dataclass
+class EmbedTuning(Tuning):
+    learning_rate: float = key(
+        2e-5, "peak learning rate of AdamW; the paper's 2e-5 is for LLaMA-7B, small models need more"
+    )
+
+
+@dataclass
+class PartialTuning(Tuning):
+    learning_rate: float = key(1e-2, "peak learning rate of AdamW")
+    epochs: float = key(5.0, "passes over the training text")
+
+
+@dataclass
+class FullTuning(Tuning):
+    learning_rate: float = key(2e-5, "peak learning rate of AdamW")
+
+
+@dataclass
+class Lora(Tuning):
+    learning_rate: float = key(2e-4, "peak learning rate of AdamW")
+    r: int = key(8, "rank of the update")
+    lora_alpha: int = key(16, "the update is scaled by lora_alpha / r")
+    lora_dropout: float = key(0.0, "dropout on the adapter's input")
+    target_modules: list[str] = key([], "modules to adapt; empty: PEFT's own choice for the architecture")
+
+
+@dataclass
+class Prefix(Tuning):
+    learning_rate: float = key(1e-2, "peak learning rate of AdamW")
+    num_virtual_tokens: int = key(20, "trained key/value positions before the prompt, in every layer")
+
+
+@dataclass
+class Draw:
+    selection: Literal[
+        "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio"
+    ] = key("alpha", "how rows are chosen: by p < alpha, by largest D (top_k), corrected for many tests, or a control")
+    alpha: float = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
+    method: Literal["exact", "asymp"] = key(
+        "exact", "p-value: exact, or scipy's asymp as replications of the paper use"
+    )
+    top_k: int = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
+
+
+@dataclass
+class Evaluation:
+    batch_size: int = key(16, "prompts that one rank translates at once")
+    num_beams: int = key(1, "1 is greedy search; the paper reports 4")
+    max_new_tokens: int = key(256, "longest translation in tokens")
+    tokenize: str = key(
+        "13a", "sacrebleu's tokenizer: 13a, intl, zh, ja-mecab, flores101 or flores200 (spBLEU), char, none"
+    )
+    gather_weights: bool = key(
+        True, "keep the whole model on every rank while translating (fast); false gathers layer by layer (any size)"
+    )
+
+
+@dataclass
+class Tracking:
+    wandb: Literal["auto", "online", "offline", "off"] = key(
+        "auto", "auto: online with a key and a network, else offline"
+    )
+    project: str = key("ksl_ds", "wandb project")
+    entity: Optional[str] = key(None, "wandb user or team")
+    name: Optional[str] = key(None, "wandb run name; empty: the run folder's name")
+
+
+@dataclass
+class Recipe:
+    """A run of `lottery`, `tune` or `evaluate`."""
+
+    run_dir: str = key(MISSING, "folder that this run creates; everything it writes lies there")
+    seed: int = key(0, "of data order, dropout and controls")
+    verbose: bool = key(False, "show what DeepSpeed, transformers and wandb log")
+    deepspeed: str = key("zero3.json", "DeepSpeed JSON: a path, or a name in ds_configs/")
+    num_ranks: Optional[int] = key(None, "ranks this run expects; another number is an error (empty: any)")
+    model: Model = key(Model, "the model")
+    text: Text = key(Text, "the parallel text")
+    training: Training = key(Training, "what all methods share")
+    embed_tuning: EmbedTuning = key(EmbedTuning, "method embed: the whole input embedding")
+    draw: Draw = key(Draw, "the KS test and the choice of rows")
+    partial_tuning: PartialTuning = key(PartialTuning, "method ticket: the ticket's rows alone")
+    full_tuning: FullTuning = key(FullTuning, "method full: every parameter")
+    lora: Lora = key(Lora, "method lora, by PEFT")
+    prefix: Prefix = key(Prefix, "method prefix, by PEFT")
+    evaluation: Evaluation = key(Evaluation, "translation and scores")
+    tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
+    method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
+    ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket` and for `evaluate`")
+
+
+@dataclass
+class DrawCommand:
+    """`ksl-ds draw before=DIR after=DIR out=DIR`."""
+
+    before: str = key(MISSING, "model folder before tuning")
+    after: str = key(MISSING, "model folder after tuning")
+    out: str = key(MISSING, "ticket folder to create")
+    selection: str = key("alpha", "as draw.selection in a recipe")
+    alpha: float = key(0.05, "significance level of one token's test")
+    method: Literal["exact", "asymp"] = key("exact", "p-value: exact, or scipy's asymp")
+    top_k: int = key(18, "rows taken by top_k and by the controls")
+    seed: int = key(0, "of selection=random")
+    embedding_scope: Literal["input", "shared"] = key("input", "recorded in the ticket: whether a tied head moves too")
+    verbose: bool = key(False, "show what libraries log")
+
+
+@dataclass
+class TransferCommand:
+    """`ksl-ds transfer base=DIR ticket=DIR out=DIR`."""
+
+    base: str = key(MISSING, "model folder that the ticket was drawn on")
+    ticket: str = key(MISSING, "ticket folder")
+    out: str = key(MISSING, "model folder to create")
+    force: bool = key(False, "apply the ticket although the base model's fingerprint differs")
+    verbose: bool = key(False, "show what libraries log")
+
+
+def dotted_keys(section: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every key of a recipe class in dotted form, with its default and its help text."""
+    keys: dict[str, tuple[Any, str]] = {}
+    for entry in dataclasses.fields(section):
+        factory = entry.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            keys |= dotted_keys(factory, f"{prefix}{entry.name}.")
+        else:
+            default = entry.default if entry.default is not dataclasses.MISSING else factory()  # type: ignore[misc]
+            keys[prefix + entry.name] = (default, entry.metadata["help"])
+    return keys
+
+
+def shipped_file(name: str, folder: str) -> Path:
+    """The file `name` as a path, or of that file name among those shipped in `folder` (ds_configs, recipes)."""
+    path = Path(name)
+    shipped = PACKAGE_DIR / folder / path.name
+    if not path.exists() and shipped.exists():
+        return shipped
+    return path
+
+
+def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
+    """The recipe `schema` from a YAML file and `key=value` words, checked.
+
+    Raises
+    ------
+    UserError
+        For a missing file, broken YAML, an unknown key (with the nearest known one), a wrong type or an impossible value.
+    """
+    try:
+        merged = OmegaConf.structured(schema)
+        if file is not None:
+            path = shipped_file(file, "recipes")
+            if not path.is_file():
+                raise UserError(f"recipe {file}: no such file")
+            merged = OmegaConf.merge(merged, _lists_from_scalars(schema, _read_yaml(path)))
+        for word in overrides:
+            name, equals, _ = word.partition("=")
+            if not equals or not re.fullmatch(r"[\w.]+", name):
+                raise UserError(f"{word!r} is not of the form key=value (a recipe comes first, then key=value words)")
+            merged = OmegaConf.merge(merged, _lists_from_scalars(schema, OmegaConf.from_dotlist([word])))
+        missing = sorted(OmegaConf.missing_keys(merged))
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, schema, file)) from None
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given, in the recipe or as {missing[0]}=...")
+    recipe = OmegaConf.to_object(merged)
+    if isinstance(recipe, Recipe):
+        check_recipe(recipe)
+    return recipe
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # omegaconf passes on whatever its YAML parser raises
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return content
+
+
+def _lists_from_scalars(schema: type, content: Any) -> Any:
+    """`train: a.jsonl` means `train: [a.jsonl]`."""
+    for name, (default, _) in dotted_keys(schema).items():
+        if isinstance(default, list):
+            value = OmegaConf.select(content, name)
+            if value is not None and not OmegaConf.is_list(value):
+                OmegaConf.update(content, name, [value])
+    return content
+
+
+def _explain(error: OmegaConfBaseException, schema: type, file: str | None) -> str:
+    where = f"{file}: " if file else ""
+    name = getattr(error, "full_key", None) or ""
+    known = dotted_keys(schema)
+    sections = sorted({known_key.rpartition(".")[0] for known_key in known} - {""})
+    if type(error).__name__.startswith("ConfigKey") or type(error).__name__ == "ConfigAttributeError":
+        by_last_part = {known_key.rpartition(".")[2]: known_key for known_key in known}
+        near = difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.6)
+        near = near or [
+            by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
+        ]
+        return f"{where}unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see ksl-ds COMMAND --help")
+    reason = str(error).split("\n")[0].rstrip(".")
+    return f"{where}{name or 'recipe'}: {reason[0].lower() + reason[1:]}"
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks across values that types cannot express. Raises UserError naming the key."""
+    tunings = {name: getattr(recipe, name) for name in TUNING_OF_METHOD.values()}
+    training, text, draw = recipe.training, recipe.text, recipe.draw
+    positive = {
+        "training.batch_size": training.batch_size,
+        "training.micro_batch_size": training.micro_batch_size,
+        "training.log_every": training.log_every,
+        "training.valid_every": training.valid_every,
+        "text.max_length": text.max_length,
+        "text.max_words": text.max_words,
+        "text.max_train_pairs": text.max_train_pairs,
+        "text.max_valid_pairs": text.max_valid_pairs,
+        "text.max_test_pairs": text.max_test_pairs,
+        "draw.top_k": draw.top_k,
+        "evaluation.batch_size": recipe.evaluation.batch_size,
+        "evaluation.num_beams": recipe.evaluation.num_beams,
+        "evaluation.max_new_tokens": recipe.evaluation.max_new_tokens,
+        "num_ranks": recipe.num_ranks,
+    }
+    for name, tuning in tunings.items():
+        positive |= {f"{name}.learning_rate": tuning.learning_rate, f"{name}.epochs": tuning.epochs}
+        positive |= {f"{name}.max_steps": tuning.max_steps, f"{name}.epsilon": tuning.epsilon}
+        if not 0 <= tuning.warmup < 1:
+            raise UserError(f"{name}.warmup is {tuning.warmup}; it is a share of the steps, from 0 to below 1")
+        if tuning.weight_decay < 0:
+            raise UserError(f"{name}.weight_decay is {tuning.weight_decay}; it must not be negative")
+        if len(tuning.betas) != 2 or not all(0 <= beta < 1 for beta in tuning.betas):
+            raise UserError(f"{name}.betas is {tuning.betas}; it takes two numbers from 0 to below 1")
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{name} is {value}; it must be greater than 0")
+    if training.clip < 0:
+        raise UserError(f"training.clip is {training.clip}; it must not be negative (0 switches clipping off)")
+    check_alpha(draw.alpha, "draw.alpha")
+
+
+def check_alpha(alpha: float, name: str) -> None:
+    if not 0 < alpha < 1:
+        raise UserError(f"{name} is {alpha}; a significance level lies between 0 and 1, both excluded")
+
+
+TUNING_OF_METHOD = {
+    "embed": "embed_tuning",
+    "ticket": "partial_tuning",
+    "full": "full_tuning",
+    "lora": "lora",
+    "prefix": "prefix",
+}
+
+
+def save_recipe(recipe: Any, path: Path) -> None:
+    """Writes the complete, resolved recipe; `load_recipe` of that file gives the same recipe."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))

@@ -1,0 +1,1 @@
+"""Tracking, tables, plots, the HTML report."""

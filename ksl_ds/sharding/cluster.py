@@ -1,0 +1,124 @@
+"""The ranks of a job: who we are, talking once, failing together.
+
+Works without a launcher (one process is a cluster of one) and without torch.distributed being initialised, so that the
+other rooms can call it anywhere. All collectives of ksl_ds that carry Python objects are here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ksl_ds.errors import UserError
+
+Item = TypeVar("Item")
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Joins the job that deepspeed's launcher or torchrun started, or makes a job of this one process."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+
+
+def stop() -> None:
+    """Leaves the job in order, after the other ranks have come as far."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one rank that prints and writes: global rank 0, not the first of each host."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def say(text: str) -> None:
+    """Prints on rank 0."""
+    if is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> tqdm[Item]:
+    """A progress bar with the time left, on rank 0 only."""
+    return tqdm(
+        items, desc=label, total=total, disable=not is_main(), dynamic_ncols=True, file=sys.stderr, smoothing=0.05
+    )
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank. For small Python objects."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduces in place over all ranks and returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=op)
+    return tensor
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Makes a UserError of any rank the UserError of all, so that none waits for one that has left.
+
+    The block must not communicate: a rank that fails in it would leave the others waiting inside.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages = [text for text in gather_objects(message) if text is not None]
+    if messages:
+        raise UserError(messages[0]) from None

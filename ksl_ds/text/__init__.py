@@ -1,0 +1,1 @@
+"""Corpora, prompts, batches, translation, scores."""
