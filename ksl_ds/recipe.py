@@ -1,6 +1,6 @@
 """What a run is: typed sections, every default once, one clear sentence for every mistake.
 
-A recipe is a YAML file merged over the dataclasses below, then over `key=value` words of the command line (dotted keys).
+A recipe is a YAML file merged over the dataclasses below; `key=value` words of the command line come last.
 The help of a key is its `metadata["help"]`; `ksl-ds COMMAND --help` prints it from here, so it is written once.
 """
 
@@ -85,9 +85,7 @@ class Tuning:
 
 @dataclass
 class EmbedTuning(Tuning):
-    learning_rate: float = key(
-        2e-5, "peak learning rate of AdamW; the paper's 2e-5 is for LLaMA-7B, small models need more"
-    )
+    learning_rate: float = key(2e-5, "peak learning rate of AdamW; 2e-5 suits a 7B model, small ones need more")
 
 
 @dataclass
@@ -123,7 +121,7 @@ class Draw:
     ] = key("alpha", "how rows are chosen: by p < alpha, by largest D (top_k), corrected for many tests, or a control")
     alpha: float = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
     method: Literal["exact", "asymp"] = key(
-        "exact", "p-value: exact, or scipy's asymp as replications of the paper use"
+        "exact", "p-value: exact, or asymp as scipy and replications of the paper use"
     )
     top_k: int = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
 
@@ -133,9 +131,7 @@ class Evaluation:
     batch_size: int = key(16, "prompts that one rank translates at once")
     num_beams: int = key(1, "1 is greedy search; the paper reports 4")
     max_new_tokens: int = key(256, "longest translation in tokens")
-    tokenize: str = key(
-        "13a", "sacrebleu's tokenizer: 13a, intl, zh, ja-mecab, flores101 or flores200 (spBLEU), char, none"
-    )
+    tokenize: str = key("13a", "sacrebleu tokenizer: 13a, intl, zh, char, none, or flores101 or flores200 for spBLEU")
     gather_weights: bool = key(
         True, "keep the whole model on every rank while translating (fast); false gathers layer by layer (any size)"
     )
@@ -144,7 +140,7 @@ class Evaluation:
 @dataclass
 class Tracking:
     wandb: Literal["auto", "online", "offline", "off"] = key(
-        "auto", "auto: online with a key and a network, else offline"
+        "auto", "auto: online where there is a key and a network, else offline"
     )
     project: str = key("ksl_ds", "wandb project")
     entity: Optional[str] = key(None, "wandb user or team")
@@ -230,7 +226,7 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
     Raises
     ------
     UserError
-        For a missing file, broken YAML, an unknown key (with the nearest known one), a wrong type or an impossible value.
+        For a missing file, broken YAML, an unknown key (the nearest known one is named), a wrong type or value.
     """
     try:
         merged = OmegaConf.structured(schema)

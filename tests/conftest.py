@@ -1,0 +1,65 @@
+"""What all tests share: processes started as users start them, and tiny models made on the spot."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": str(REPOSITORY / "tests"),  # rank scripts import tiny.py
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(ranks: int, *words: object, cwd: Path, timeout: float = 300, **environment: str):
+    """`deepspeed --num_accelerators RANKS WORDS...`; returns the finished process with stdout and stderr as text.
+
+    WORDS are a script and its arguments, or `--module`, a module and its arguments. Ranks that outlive the
+    timeout are ended and the test fails.
+    """
+    command = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *words]
+    return run(*command, cwd=cwd, timeout=timeout, **environment)
+
+
+def run(*command: object, cwd: Path, timeout: float = 300, **environment: str):
+    """Runs a command to its end in a process group of its own, so that nothing of it survives a timeout."""
+    with subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**ENVIRONMENT, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            out, err = process.communicate()
+            pytest.fail(f"{command} was still running after {timeout} s\n{out[-4000:]}\n{err[-4000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def succeeds(process: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert process.returncode == 0, f"{process.args}\n{process.stdout[-6000:]}\n{process.stderr[-6000:]}"
+    return process
