@@ -1,0 +1,134 @@
+"""One KS test over a whole vocabulary, and the choice of rows from it.
+
+The test of V tokens is one integer k a token; every rule of choice below works on those integers (or, for the controls,
+on how far rows moved), so another rule or level never needs a second test.
+
+V tokens, D coordinates of a row (num_samples), B rows of a block, K rows drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ksl_ds.lottery import selection as select
+from ksl_ds.lottery.ks import critical_count, pvalue_table, row_counts
+
+SELECTIONS = (
+    "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What one KS test over a whole vocabulary found.
+
+    Attributes
+    ----------
+    count_V : int32 tensor (V,); k of each token, its KS statistic is D = k / num_samples
+    shift_norm_V : float32 tensor (V,); Euclidean length of after - before
+    shift_ratio_V : float32 tensor (V,); that length over the length of before. 0 where a row did not move, the largest
+        float32 where an all-zero row did
+    num_samples : coordinates of a row, the size of both samples
+    tested_dtype : of the values compared, such as "float32" for master weights or "bfloat16" for saved checkpoints
+    """
+
+    count_V: Tensor
+    shift_norm_V: Tensor
+    shift_ratio_V: Tensor
+    num_samples: int
+    tested_dtype: str
+
+
+def measure_shift(
+    before_VD: Tensor,
+    after_VD: Tensor,
+    *,
+    workspace_bytes: int = 1 << 28,
+    progress: Callable[[int], object] | None = None,
+) -> Shift:
+    """Tests every row of `after_VD` against the same row of `before_VD`; both (V, D), memory-mapped tensors too.
+
+    `progress` is called with the number of rows done since its last call.
+    """
+    if before_VD.shape != after_VD.shape or before_VD.ndim != 2:
+        raise ValueError(f"two (V, D) matrices of one shape are compared, not {before_VD.shape} and {after_VD.shape}")
+    num_samples = before_VD.shape[1]
+    count_V = row_counts(before_VD, after_VD, workspace_bytes=workspace_bytes, progress=progress)
+    norms, ratios = [], []
+    # Four float32 copies of a block live at once.
+    block = max(1, workspace_bytes // (16 * num_samples))
+    for before_BD, after_BD in zip(before_VD.split(block), after_VD.split(block), strict=True):
+        norm_B, ratio_B = shift_of_rows(before_BD, after_BD)
+        norms.append(norm_B)
+        ratios.append(ratio_B)
+    tested = torch.promote_types(before_VD.dtype, after_VD.dtype)
+    return Shift(count_V, torch.cat(norms), torch.cat(ratios), num_samples, dtype_name(tested))
+
+
+def shift_of_rows(before_BD: Tensor, after_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """The length of each row's shift and its ratio to the row's length before; float32 (B,) on the rows' device."""
+    before_BD = before_BD.float()
+    norm_B = torch.linalg.vector_norm(after_BD.float() - before_BD, dim=1)
+    ratio_B = norm_B / torch.linalg.vector_norm(before_BD, dim=1)
+    ratio_B = torch.where(norm_B == 0, torch.zeros_like(norm_B), ratio_B.clamp(max=torch.finfo(torch.float32).max))
+    return norm_B, ratio_B
+
+
+def choose_rows(
+    shift: Shift,
+    *,
+    selection: str = "alpha",
+    alpha: float = 0.05,
+    method: str = "exact",
+    top_k: int = 18,
+    seed: int = 0,
+    frequency_V: Tensor | None = None,
+) -> Tensor:
+    """The drawn token ids, int64 (K,), ascending; empty where no row passes.
+
+    Raises
+    ------
+    ValueError
+        For an unknown selection, alpha outside (0, 1), or selection "frequency" without `frequency_V`.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection is {selection!r}; it must be one of {', '.join(SELECTIONS)}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}; a significance level lies between 0 and 1, both excluded")
+    if selection in ("alpha", "bonferroni", "benjamini_hochberg"):
+        return getattr(select, f"select_{selection}")(shift.count_V, shift.num_samples, alpha, method)
+    if not 1 <= top_k <= len(shift.count_V):
+        raise ValueError(f"top_k is {top_k}; it must lie between 1 and the {len(shift.count_V)} rows of the embedding")
+    if selection == "frequency":
+        if frequency_V is None:
+            raise ValueError("selection frequency needs how often each token occurs in the training text")
+        return select.select_frequency(frequency_V, top_k)
+    if selection == "random":
+        return select.select_random(len(shift.count_V), top_k, seed)
+    if selection == "shift_norm":
+        return select.select_shift_norm(shift.shift_norm_V, top_k)
+    if selection == "shift_ratio":
+        return select.select_shift_ratio(shift.shift_ratio_V, top_k)
+    return select.select_top_k(shift.count_V, top_k)
+
+
+def explain_empty(shift: Shift, alpha: float, method: str = "exact") -> str:
+    """Why no row was drawn at `alpha`, and what to change."""
+    num_samples, largest = shift.num_samples, int(shift.count_V.max())
+    pvalue = float(pvalue_table(num_samples, method)[largest])
+    ratios = ", ".join(f"{ratio:.3g}" for ratio in shift.shift_ratio_V.sort(descending=True).values[:3].tolist())
+    needed = critical_count(num_samples, alpha, method) / num_samples
+    return (
+        f"the ticket is empty: the largest D is {largest / num_samples:.4f} (p = {pvalue:.3g}), p < {alpha} needs "
+        f"D >= {needed:.4f}, and the largest shifts are {ratios} of their row's length; raise the learning rate or the "
+        "number of steps so that rows move further, raise alpha, or take the rows of largest D with selection=top_k"
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

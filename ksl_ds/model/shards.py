@@ -1,0 +1,161 @@
+"""Safetensors shards: reading rows of a tensor, and writing files that differ from others in known places only.
+
+The format is 8 bytes of header length, a JSON header, raw tensors. A changed shard is the old file copied, then patched
+in place: nothing else can differ, and memory stays at one block. Untouched shards are hard links where the file system
+allows: they cost no disk, and share their bytes with the base, so neither may be edited in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ksl_ds.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+BLOCK_BYTES = 1 << 26
+
+Patch = tuple[int, Tensor]  # the first changed element of the flattened tensor, and the new values
+
+
+class Shards:
+    """The tensors of a folder with model.safetensors, or with shards and their index. Reads are memory-mapped.
+
+    Raises
+    ------
+    UserError
+        On opening: no weights, only pickled weights, a missing shard. Later: a damaged shard, a missing tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._open_files: dict[str, Any] = {}
+        self.shard_of = self._read_index()
+
+    def _read_index(self) -> dict[str, str]:
+        if (self.path / SINGLE).is_file():
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        if (self.path / INDEX).is_file():
+            try:
+                shard_of = dict(json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.path / INDEX} is not an index of shards: {error!r}") from None
+            for shard in set(shard_of.values()):
+                if Path(shard).name != shard or not (self.path / shard).is_file():
+                    raise UserError(f"{self.path} is a model folder without weights: shard {shard} is missing")
+            return shard_of
+        pickled = sorted(path.name for path in self.path.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        if pickled:
+            raise UserError(
+                f"{self.path} holds pickled weights only ({pickled[0]}), which can run code when loaded; "
+                "convert them to safetensors first"
+            )
+        raise UserError(f"{self.path} is a model folder without weights: no {SINGLE} and no {INDEX}")
+
+    def _file(self, shard: str) -> Any:
+        if shard not in self._open_files:
+            try:
+                self._open_files[shard] = safe_open(self.path / shard, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.path / shard} is truncated or no safetensors file: {error}") from None
+        return self._open_files[shard]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self.shard_of:
+            raise UserError(f"{self.path} has no tensor {name}")
+        try:
+            return self._file(self.shard_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.path / self.shard_of[name]}: tensor {name}: {error}") from None
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return sorted(self.shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._slice(name).get_dtype()]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor along its first dimension; nothing else is read. May be a mapped view."""
+        if start >= stop:
+            return torch.empty((0, *self.shape(name)[1:]), dtype=self.dtype(name))
+        return self._slice(name)[start:stop]
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened tensor; reads only the rows they lie in."""
+        shape = self.shape(name)
+        if not shape:
+            return self._file(self.shard_of[name]).get_tensor(name).reshape(1)[start:stop]
+        width = torch.Size(shape[1:]).numel()
+        if start >= stop or width == 0:
+            return torch.empty(0, dtype=self.dtype(name))
+        first = start // width
+        return self.read_rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
+
+    def read_ids(self, name: str, ids: list[int]) -> Tensor:
+        """The rows `ids` of a matrix, (K, D)."""
+        rows = [self.read_rows(name, number, number + 1) for number in ids]
+        return torch.cat(rows) if rows else self.read_rows(name, 0, 0)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A tensor in blocks of rows of about 64 MiB."""
+        shape = self.shape(name)
+        row_bytes = torch.Size(shape[1:]).numel() * self.dtype(name).itemsize
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        for start in range(0, shape[0], step):
+            yield self.read_rows(name, start, min(start + step, shape[0]))
+
+
+def link_or_copy(source: Path, target: Path, *, link: bool) -> None:
+    source = source.resolve()  # in the Hub's cache files are symbolic links
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another file system, or one without hard links
+    shutil.copyfile(source, target)
+
+
+def patch(shard: Path, name: str, changes: list[Patch]) -> None:
+    """Overwrites elements of one tensor of a safetensors file: 8 bytes of header length, JSON header, raw tensors."""
+    with shard.open("r+b") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[name]
+        dtype, start = DTYPES[entry["dtype"]], 8 + header_size + entry["data_offsets"][0]
+        for offset, values in changes:
+            file.seek(start + offset * dtype.itemsize)
+            file.write(_raw(values, dtype))
+
+
+def write_shard(shard: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
+    kind = next(kind for kind, known in DTYPES.items() if known is dtype)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    header = json.dumps(
+        {"__metadata__": {"format": "pt"}, name: {"dtype": kind, "shape": shape, "data_offsets": [0, size]}}
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with shard.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for block in blocks:
+            file.write(_raw(block, dtype))
+
+
+def _raw(values: Tensor, dtype: torch.dtype) -> bytes:
+    return values.detach().cpu().to(dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
