@@ -1,0 +1,333 @@
+"""What a run leaves behind as numbers: metrics.jsonl, wandb, results.json, and on which software and hardware.
+
+Choices and what they cost:
+- Only rank 0 writes, and nothing here is a collective: whatever wandb or the disk does, no rank waits for another.
+- wandb never stops or holds up a training. It is asked for things in threads of limited patience, and at the first
+  failure it is dropped with one line; metrics.jsonl holds every number in any case. `auto` goes online only when a key
+  is configured and the server answers, so that a machine without network starts at once.
+- wandb captures neither the console nor the repository (a remote's address can carry a token); the price is that its
+  pages show neither. Its scratch folders lie in the run folder, so deleting that folder leaves nothing behind.
+- NaN and infinities become null, since JSON has no word for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import netrc
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe
+from ksl_ds.sharding import cluster
+
+Answer = TypeVar("Answer")
+
+PROBE_SECONDS = 5.0  # for the server to answer at all
+START_SECONDS = 60.0  # for wandb to begin a run
+FINISH_SECONDS = 120.0  # for the last uploads; what is missing stays on disk, `wandb sync` sends it
+VERSIONS_OF = (
+    "ksl_ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "scipy",
+    "sacrebleu",
+    "wandb",
+)
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # never printed, not even inside an error message
+
+
+class Tracker:
+    """The numbers of a run, into `run_dir/metrics.jsonl` and to wandb.
+
+    Construct it on every rank; it acts on rank 0 and does nothing on the others. `run_dir` must exist.
+    """
+
+    def __init__(self, run_dir: Path, recipe: Recipe) -> None:
+        self._path = Path(run_dir) / "metrics.jsonl"
+        self._file: Any = None
+        self._wandb: Any = None
+        self._stages: set[str] = set()
+        if cluster.is_main():
+            with self._file_may_fail():
+                self._file = self._path.open("a", encoding="utf-8")
+            self._wandb = start_wandb(Path(run_dir), recipe)
+
+    def log(self, stage: str, step: int, **numbers: Any) -> None:
+        """One line of metrics.jsonl: stage, step, time (seconds since 1970) and `numbers`; to wandb as `stage/name`."""
+        if not cluster.is_main():
+            return
+        numbers = clean(numbers)
+        if self._file is not None:
+            with self._file_may_fail():
+                line = {"stage": stage, "step": step, "time": round(time.time(), 3), **numbers}
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                self._file.flush()
+        if self._wandb is None:
+            return
+        with self._wandb_may_fail():
+            if stage not in self._stages:  # each stage counts its own steps
+                self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                self._stages.add(stage)
+            values = {f"{stage}/{name}": value for name, value in numbers.items() if isinstance(value, (int, float))}
+            self._wandb.log({f"{stage}/step": step, **values})
+
+    def figure(self, name: str, figure: Any) -> None:
+        """A matplotlib figure, to wandb as an image (metrics.jsonl holds numbers only)."""
+        if self._wandb is None:
+            return
+        with self._wandb_may_fail():
+            import wandb
+            from PIL import Image
+
+            with io.BytesIO() as png:
+                figure.savefig(png, format="png", dpi=150, facecolor="white")
+                self._wandb.log({name: wandb.Image(Image.open(png))})
+
+    def finish(self) -> None:
+        """Ends tracking; waits a limited time for wandb. Calling it twice does no harm."""
+        if self._file is not None:
+            with self._file_may_fail():
+                self._file.close()
+            self._file = None
+        if self._wandb is not None:
+            with self._wandb_may_fail():
+                within(FINISH_SECONDS + 10, self._wandb.finish)
+            self._wandb = None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
+
+    @contextmanager
+    def _file_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._file = None
+            cluster.say(f"warning: {self._path} cannot be written ({error.strerror}); it ends here, the run goes on")
+
+    @contextmanager
+    def _wandb_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever wandb raises, the training is worth more than its tracking
+            self._wandb = None
+            cluster.say(f"warning: wandb stopped ({brief(error)}); the run goes on, metrics.jsonl has every number")
+
+
+def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
+    """A wandb run, or None where tracking is off or wandb fails; says in one line which it is. Rank 0 only."""
+    asked = recipe.tracking.wandb
+    if asked != "off":
+        asked = {"dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", ""), mode) or asked
+    if asked in ("off", "disabled"):
+        return None
+    for variable, folder in {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data"}.items():
+        os.environ.setdefault(variable, str((run_dir / "wandb" / folder).absolute()))
+    if not recipe.verbose:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    run, reason = None, ""
+    try:
+        (run_dir / "wandb").mkdir(exist_ok=True)  # wandb would fall back to the system's temporary folder
+        if asked != "offline":
+            reason = within(START_SECONDS, lambda: _why_offline(probe=asked == "auto"))
+            try:
+                run = None if reason else within(START_SECONDS, lambda: _init_wandb(run_dir, recipe, "online"))
+            except Exception as error:  # a rejected key, a server that stops answering
+                reason = brief(error)
+        run = run or within(START_SECONDS, lambda: _init_wandb(run_dir, recipe, "offline"))
+    except Exception as error:  # no disk, a broken installation: the run is worth more than its tracking
+        cluster.say(f"warning: no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
+        return None
+    if run.offline:
+        cluster.say(
+            f"wandb: offline{reason and f' ({reason})'}; upload with `wandb sync {run.dir.removesuffix('/files')}`"
+        )
+    else:
+        cluster.say(f"wandb: {run.url}")
+    return run
+
+
+def _init_wandb(run_dir: Path, recipe: Recipe, mode: str) -> Any:
+    import wandb
+
+    settings: dict[str, Any] = {
+        "silent": not recipe.verbose,
+        "console": "off",
+        "disable_git": True,
+        "save_code": False,
+        "init_timeout": START_SECONDS / 2,
+        "login_timeout": START_SECONDS / 2,
+    }
+    if "finish_timeout" in wandb.Settings.model_fields:
+        settings["finish_timeout"] = FINISH_SECONDS
+    return wandb.init(
+        dir=run_dir,
+        mode=mode,
+        project=recipe.tracking.project,
+        entity=recipe.tracking.entity,
+        name=recipe.tracking.name or run_dir.name,
+        config=clean(recipe),
+        settings=wandb.Settings(**settings),
+    )
+
+
+def _why_offline(probe: bool) -> str:
+    """Why there is no use in trying to go online; empty when there is."""
+    import wandb
+
+    settings = wandb.setup().settings  # of the environment and of wandb's own files
+    host = settings.base_url
+    hosts = {urlsplit(host).hostname} | ({"api.wandb.ai"} if host == wandb.Settings().base_url else set())
+    if not (settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _netrc_hosts() & hosts):
+        return "no API key; `wandb login` stores one"
+    if probe and not _answers(host):
+        return f"{urlsplit(host).hostname} does not answer"
+    return ""
+
+
+def _netrc_hosts() -> set[str]:
+    """The machines in ~/.netrc, where `wandb login` puts keys."""
+    with suppress(OSError, netrc.NetrcParseError):
+        return set(netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).hosts)
+    return set()
+
+
+def _answers(host: str) -> bool:
+    """Whether the server says anything at all. Through the proxies that the environment names, as wandb does."""
+    import requests
+
+    try:
+        return within(PROBE_SECONDS, lambda: requests.head(host, timeout=PROBE_SECONDS).status_code < 500)
+    except Exception:  # no route, no name, no certificate, no answer in time
+        return False
+
+
+def within(seconds: float, call: Callable[[], Answer]) -> Answer:
+    """What `call` returns or raises. TimeoutError when it takes longer; its thread is then left to itself."""
+    box: list[Answer] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            box.append(call())
+        except BaseException as error:  # handed to the caller's thread below
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="ksl_ds-wandb")
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise RuntimeError(brief(failure[0])) from failure[0]
+    if not box:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return box[0]
+
+
+def brief(error: BaseException) -> str:
+    """An error as part of one line, without secrets."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for secret in filter(None, map(os.environ.get, SECRETS)):
+        text = text.replace(secret, "***")
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def clean(value: Any) -> Any:
+    """`value` as JSON can hold it: dataclasses as dicts, arrays as lists, paths as text, NaN and infinities as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): clean(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    return clean(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing.
+
+    Raises
+    ------
+    UserError
+        When it cannot be written; an older file of that name is then as it was.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8", errors="replace") as file:  # half a surrogate pair becomes "?"
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes sorted, indented JSON, whole or not at all; see `clean` for what becomes of values. Raises UserError."""
+    text = json.dumps(clean(content), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def hardware_and_versions() -> dict[str, Any]:
+    """What a run ran on: versions of the libraries, processor, accelerator, ranks, git commit. No host or user name."""
+    versions = {}
+    for name in VERSIONS_OF:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus_of_a_host": gpus,
+        "ranks": cluster.world_size(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit checked out in the working directory, with `-dirty` where tracked files differ from it."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return found.stdout.strip() or None
+    return None
