@@ -139,7 +139,7 @@ class Ticket:
                     "(force overrides)"
                 )
 
-    def apply(self, model: nn.Module, *, tokenizer: Any = None, force: bool = False) -> None:
+    def apply(self, model: Any, *, tokenizer: Any = None, force: bool = False) -> None:
         """Puts the tuned rows into a Hugging Face model, in the model's dtype.
 
         With embedding_scope "input" a tied head is untied first and keeps the base values (one more V x D matrix);
@@ -169,7 +169,7 @@ class Ticket:
         with torch.no_grad():
             weight_VD[ids_K] = self.rows_KD.to(weight_VD)
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self, model: Any) -> None:
         """Undoes `apply`: the rows get their earlier bits back, and a head that was untied for it is tied again.
 
         In a model whose rows were merged elsewhere (by `transfer`, or by PEFT) the ticket's base rows are put back.
@@ -330,14 +330,14 @@ def draw_ticket(
     )
 
 
-def _plain_embedding(model: nn.Module) -> nn.Module:
+def _plain_embedding(model: Any) -> Any:
     embedding = model.get_input_embeddings()
     if hasattr(embedding.weight, "ds_id"):
         raise ValueError("the embedding is partitioned by ZeRO-3; apply the ticket before deepspeed.initialize")
     return embedding
 
 
-def _set_tied(model: nn.Module, tied: bool) -> None:
+def _set_tied(model: Any, tied: bool) -> None:
     """Says in the config whether head and embedding are one, and makes transformers' list of tied weights agree."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = tied

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,26 +95,37 @@ class ModelFolder(Shards):
             raise UserError(f"{self.path}: no causal language model: {str(error).strip().splitlines()[0]}") from None
 
     @cached_property
-    def _stored_names(self) -> dict[str, str]:
-        """By parameter name in the model: the tensor's name in the files. Fused or reshaped tensors have none."""
+    def _rename(self) -> Callable[[str], str | None]:
+        """From a tensor's name in files to the parameter's in the model; None for one that is fused or reshaped."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         rules = get_model_conversion_mapping(self.meta_model)
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-        state, stored = self.meta_model.state_dict(), {}
-        for name in self.shard_of:
-            renamed, converted = rename_source_key(
-                name, renamings, converters, self.meta_model.base_model_prefix, state
-            )
-            if converted is None and renamed in state:
-                stored[renamed] = name
-        return stored
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        prefix, state = self.meta_model.base_model_prefix, self.meta_model.state_dict()
+
+        def rename(stored: str) -> str | None:
+            renamed, converted = rename_source_key(stored, renamings, converters, prefix, state)
+            return renamed if converted is None and renamed in state else None
+
+        return rename
+
+    @cached_property
+    def _stored_names(self) -> dict[str | None, str]:
+        return {self._rename(name): name for name in self.shard_of}
 
     def stored_name(self, parameter_name: str) -> str | None:
         """The name in the files of a model's parameter; None where it is stored in another form, or not at all."""
         return self._stored_names.get(parameter_name)
+
+    def new_name(self, parameter_name: str) -> str:
+        """The name under which transformers would store a parameter that these files lack, such as an untied head."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        parameter = self.meta_model.get_parameter(parameter_name)
+        name = next(iter(revert_weight_conversion(self.meta_model, {parameter_name: parameter})))
+        return name if self._rename(name) == parameter_name else parameter_name
 
     @cached_property
     def embedding_module(self) -> str:
@@ -227,12 +238,13 @@ def write_model_with_rows(base: ModelFolder, out: Path, ids: list[int], rows_KD:
             patches = {stored: rows for stored in in_files if stored is not None}
         else:
             config_updates = {"tie_word_embeddings": False}
-            patches = {in_files[0] or in_model[0]: rows}
-            # The one that is not stored is added under the model's own name for it, which transformers always loads.
+            names = [stored or base.new_name(parameter) for stored, parameter in zip(in_files, in_model, strict=True)]
+            patches = {names[0]: rows}
+            # The one that the files lack becomes a copy of the other, in a shard of its own.
             added = {
-                parameter: (base.dtype(name), base.shape(name), base.blocks(name))
-                for parameter, stored in zip(in_model, in_files, strict=True)
-                if stored is None
+                lacking: (base.dtype(name), base.shape(name), base.blocks(name))
+                for lacking in names
+                if lacking not in base.shard_of
             }
     _write(base, out, patches, added, config_updates)
 

@@ -1,0 +1,347 @@
+"""Model folders: the embedding is found in any architecture, rows are read alone, copies differ where asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_model_folder
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ksl_ds.errors import UserError
+from ksl_ds.model import folder as folder_module
+from ksl_ds.model import shards as shards_module
+from ksl_ds.model.folder import ModelFolder, local_folder, token_strings, write_model, write_model_with_rows
+
+IDS = [3, 17, 130]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, read by safetensors itself."""
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    """The model's own state as transformers loads it; nothing may be missing or unexpected."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.state_dict()
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "embedding", "head", "module"),
+    [
+        ("llama", "model.embed_tokens.weight", "lm_head.weight", "model.embed_tokens"),
+        ("mistral", "model.embed_tokens.weight", "lm_head.weight", "model.embed_tokens"),
+        ("qwen2", "model.embed_tokens.weight", "lm_head.weight", "model.embed_tokens"),
+        ("gemma", "model.embed_tokens.weight", "lm_head.weight", "model.embed_tokens"),
+        ("opt", "model.decoder.embed_tokens.weight", "lm_head.weight", "model.decoder.embed_tokens"),
+        ("gpt_neox", "gpt_neox.embed_in.weight", "embed_out.weight", "gpt_neox.embed_in"),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_found(tmp_path, architecture, embedding, head, module, tied):
+    base = ModelFolder(make_model_folder(tmp_path / "base", architecture, tied=tied))
+    assert base.embedding_name == embedding and base.embedding_module == module and base.head_module == "lm_head"
+    assert base.tied == tied and base.head_name == (None if tied else head)
+    assert base.new_name("lm_head.weight") == head
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    for name, parameter in model.named_parameters():
+        stored = base.stored_name(name)
+        assert stored is not None
+        assert same(base.read_flat(stored, 0, parameter.numel()), parameter.detach().flatten())
+
+
+def test_embedding_is_found_without_the_base_model_prefix(tmp_path):
+    path = make_model_folder(tmp_path / "base", tied=True)
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors(path).items()}
+    save_file(bare, path / "model.safetensors", metadata={"format": "pt"})
+    base = ModelFolder(path)
+    assert base.embedding_name == "embed_tokens.weight" and base.tied
+    write_model_with_rows(base, tmp_path / "out", IDS, torch.ones(3, 32), "input")
+    state = loaded(tmp_path / "out")
+    assert same(state["lm_head.weight"], bare["embed_tokens.weight"])
+    assert (state["model.embed_tokens.weight"] != bare["embed_tokens.weight"]).any(
+        1
+    ).nonzero().flatten().tolist() == IDS
+
+
+@pytest.mark.parametrize("scope", ["input", "shared"])
+@pytest.mark.parametrize("storage", ["head only", "both", "both, different"])
+def test_tied_models_that_store_their_head(tmp_path, storage, scope):
+    path = make_model_folder(tmp_path / "base", tied=True)
+    stored = tensors(path)
+    matrix = stored["model.embed_tokens.weight"]
+    stored["lm_head.weight"] = matrix + 1 if storage == "both, different" else matrix.clone()
+    if storage == "head only":
+        del stored["model.embed_tokens.weight"]
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    base = ModelFolder(path)
+    assert base.tied == (storage != "both, different")
+    before = loaded(path)
+    write_model_with_rows(base, tmp_path / "out", IDS, torch.ones(3, 32), scope)
+    after = loaded(tmp_path / "out")
+    changed = matrix.clone()
+    changed[IDS] = 1
+    assert same(after["model.embed_tokens.weight"], changed)
+    head_moves = scope == "shared" and base.tied
+    assert same(after["lm_head.weight"], changed if head_moves else before["lm_head.weight"])
+
+
+def test_rows_and_flat_ranges_are_read(tmp_path):
+    base = ModelFolder(make_model_folder(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="20KB"))
+    assert len(set(base.shard_of.values())) > 2
+    reference = tensors(base.path)
+    assert base.tensor_names == sorted(reference)
+    for name, tensor in reference.items():
+        assert base.shape(name) == tuple(tensor.shape) and base.dtype(name) == tensor.dtype == torch.bfloat16
+        flat, size = tensor.flatten(), tensor.numel()
+        for start, stop in [(0, size), (0, 1), (size - 1, size), (size // 3, size // 2 + 1), (5, 5), (size, size)]:
+            assert same(base.read_flat(name, start, stop), flat[start:stop])
+        assert same(base.read_rows(name, 2, 7), tensor[2:7])
+    assert same(base.read_ids(base.embedding_name, IDS), reference[base.embedding_name][IDS])
+    assert base.read_ids(base.embedding_name, []).shape == (0, 32)
+    assert same(torch.cat(list(base.blocks(base.embedding_name))), reference[base.embedding_name])
+
+
+def test_flat_offsets_exceed_32_bits(tmp_path):
+    """A sparse file with one float16 matrix of 2^31 + 2^16 elements: only its last bytes are written and read."""
+    path = make_model_folder(tmp_path / "base")
+    rows, columns = 2**15 + 1, 2**16
+    size = rows * columns * 2
+    header = json.dumps({"big": {"dtype": "F16", "shape": [rows, columns], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(8 + len(header) + size - 4)
+        file.write(torch.tensor([1.5, 2.5], dtype=torch.float16).view(torch.uint8).numpy().tobytes())
+    base = ModelFolder(path)
+    assert base.read_flat("big", rows * columns - 3, rows * columns).tolist() == [0, 1.5, 2.5]
+    shards_module.patch(path / "model.safetensors", "big", [(rows * columns - 2, torch.tensor([7.0]))])
+    assert ModelFolder(path).read_flat("big", rows * columns - 3, rows * columns).tolist() == [0, 7, 2.5]
+
+
+# Mistakes
+
+
+def test_folders_that_are_no_models_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such model folder"):
+        ModelFolder(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        ModelFolder(tmp_path)
+    path = make_model_folder(tmp_path / "base")
+    (path / "model.safetensors").rename(tmp_path / "aside")
+    with pytest.raises(UserError, match="model folder without weights"):
+        ModelFolder(path)
+    (path / "config.json").write_text("{}")
+    (tmp_path / "aside").rename(path / "model.safetensors")
+    with pytest.raises(UserError, match=r"config\.json"):
+        assert ModelFolder(path).embedding_name
+
+
+class Malicious:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_pickled_weights_are_refused_and_not_run(tmp_path, name):
+    path, marker = make_model_folder(tmp_path / "base"), tmp_path / "executed"
+    (path / "model.safetensors").unlink()
+    (path / name).write_bytes(pickle.dumps(Malicious(marker)))
+    with pytest.raises(UserError, match="convert them to safetensors" if name.endswith("bin") else "no safetensors"):
+        ModelFolder(path)
+    assert not marker.exists()
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    path = make_model_folder(tmp_path / "base", max_shard_size="20KB")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    shard = path / index["weight_map"]["model.embed_tokens.weight"]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{shard.name} is truncated"):
+        ModelFolder(path).read_rows("model.embed_tokens.weight", 0, 1)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"without weights: shard {shard.name} is missing"):
+        ModelFolder(path)
+    index["weight_map"]["model.embed_tokens.weight"] = "../elsewhere.safetensors"
+    (tmp_path / "elsewhere.safetensors").write_bytes(content)
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="elsewhere"):
+        ModelFolder(path)
+    (path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="not an index of shards"):
+        ModelFolder(path)
+
+
+def test_missing_tensors_are_named(tmp_path):
+    path = make_model_folder(tmp_path / "base")
+    stored = tensors(path)
+    for lacking, asked in (("lm_head.weight", "head_name"), ("model.embed_tokens.weight", "embedding_name")):
+        save_file({name: tensor for name, tensor in stored.items() if name != lacking}, path / "model.safetensors")
+        with pytest.raises(UserError, match=lacking):
+            getattr(ModelFolder(path), asked)
+    with pytest.raises(UserError, match="has no tensor nothing"):
+        ModelFolder(path).shape("nothing")
+
+
+def test_tokenizer_must_fit_the_embedding(tmp_path):
+    base = ModelFolder(make_model_folder(tmp_path / "small", vocab_size=100))
+    with pytest.raises(UserError, match="134 tokens, more than the 100 rows"):
+        base.tokenizer()
+    padded = ModelFolder(make_model_folder(tmp_path / "padded", vocab_size=192))
+    assert token_strings(padded.tokenizer(), [0, 3, 133, 134, 191]) == ["<pad>", "a", "'", "", ""]
+    (padded.path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer does not load"):
+        padded.tokenizer()
+
+
+def test_local_folder_or_one_clear_sentence(tmp_path, monkeypatch):
+    assert local_folder(tmp_path) == tmp_path
+    assert local_folder("./none/of/these") == Path("none/of/these")  # no Hub id; ModelFolder refuses it
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, **settings):
+        asked.update(settings, name=name)
+        if name == "org/model":
+            return str(tmp_path)
+        raise OSError("cannot reach the Hub\nlong details")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert local_folder("org/model", "v1") == tmp_path and asked["revision"] == "v1"
+    assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
+    with pytest.raises(
+        UserError, match="org/none is no folder here and the Hub does not give it: cannot reach the Hub$"
+    ):
+        local_folder("org/none")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize(
+    ("architecture", "tied", "scope"),
+    [("llama", False, "input"), ("gemma", True, "shared"), ("gpt_neox", True, "input"), ("opt", True, "input")],
+)
+def test_written_model_differs_in_the_rows_only(tmp_path, architecture, tied, scope, max_shard_size, dtype):
+    path = make_model_folder(tmp_path / "base", architecture, tied=tied, dtype=dtype, max_shard_size=max_shard_size)
+    (path / "README.md").write_text("card")
+    (path / "optimizer.pt").write_bytes(b"not to be copied")
+    (path / "checkpoint-1").mkdir()
+    base, out = ModelFolder(path), tmp_path / "out"
+    rows_KD = torch.randn(3, 32)
+    write_model_with_rows(base, out, IDS, rows_KD, scope)
+
+    expected = tensors(path)
+    if tied and scope == "input":
+        expected[base.new_name("lm_head.weight")] = expected[base.embedding_name].clone()
+    expected[base.embedding_name][IDS] = rows_KD.to(dtype)
+    written = tensors(out)
+    assert written.keys() == expected.keys()
+    assert all(same(written[name], expected[name]) for name in expected)
+
+    state, before = loaded(out), loaded(path)
+    changed = {name for name in state if not same(state[name], before[name])}
+    assert changed == {f"{base.embedding_module}.weight"} | ({"lm_head.weight"} if scope == "shared" else set())
+    assert ModelFolder(out).tied == (scope == "shared") == AutoConfig.from_pretrained(out).tie_word_embeddings
+    assert ModelFolder(out).tokenizer().get_vocab() == base.tokenizer().get_vocab()
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
+        assert (out / name).read_bytes() == (path / name).read_bytes()
+    assert not (out / "optimizer.pt").exists() and not (out / "checkpoint-1").exists()
+    if tied and scope == "input":
+        config, old = (json.loads((folder / "config.json").read_text()) for folder in (out, path))
+        assert config == old | {"tie_word_embeddings": False}
+    index = out / "model.safetensors.index.json"
+    if index.exists():
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+
+
+@pytest.mark.parametrize("linkable", [True, False])
+def test_untouched_shards_are_linked_or_copied(tmp_path, monkeypatch, linkable):
+    path = make_model_folder(tmp_path / "base", tied=True, max_shard_size="20KB")
+    # As in the Hub's cache: the snapshot holds symbolic links.
+    shutil.move(path, tmp_path / "blobs")
+    path.mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (path / file.name).symlink_to(file)
+    if not linkable:
+
+        def refuse(*_, **__):
+            raise OSError(18, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", refuse)
+    base, out = ModelFolder(path), tmp_path / "out"
+    write_model_with_rows(base, out, IDS, torch.ones(3, 32), "shared")
+    changed = base.shard_of[base.embedding_name]
+    for shard in set(base.shard_of.values()):
+        assert (out / shard).samefile(path / shard) == (linkable and shard != changed)
+        assert not (out / shard).is_symlink()
+        assert ((out / shard).read_bytes() == (path / shard).read_bytes()) == (shard != changed)
+    assert loaded(path)["model.embed_tokens.weight"].abs().max() < 1  # the base is what it was
+
+
+def test_write_model_replaces_and_adds_tensors(tmp_path):
+    base = ModelFolder(make_model_folder(tmp_path / "base", tied=True, dtype=torch.bfloat16, max_shard_size="20KB"))
+    norm = "model.norm.weight"
+    head = torch.randn(134, 32).bfloat16()
+    replace = {norm: torch.full((32,), 0.3), "lm_head.weight": head}
+    write_model(base, tmp_path / "out", replace, {"tie_word_embeddings": False})
+    state = loaded(tmp_path / "out")
+    expected = loaded(base.path) | {norm: torch.full((32,), 0.3).bfloat16(), "lm_head.weight": head}
+    assert all(same(state[name], expected[name]) for name in expected)
+    with pytest.raises(UserError, match=r"model.norm.weight has shape \(32,\)"):
+        write_model(base, tmp_path / "other", {norm: torch.ones(31)})
+    assert not (tmp_path / "other").exists()
+
+
+def test_single_shard_with_an_index_keeps_it(tmp_path):
+    path = make_model_folder(tmp_path / "base")
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    names = load_file(path / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_model_with_rows(ModelFolder(path), tmp_path / "out", IDS, torch.ones(3, 32), "input")
+    assert torch.equal(loaded(tmp_path / "out")["model.embed_tokens.weight"][IDS], torch.ones(3, 32))
+
+
+def test_existing_output_is_refused_and_kept(tmp_path):
+    base = ModelFolder(make_model_folder(tmp_path / "base"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    with pytest.raises(UserError, match="out exists already"):
+        write_model_with_rows(base, out, IDS, torch.ones(3, 32), "input")
+    assert [file.name for file in out.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("step", ["patch", "write_shard", "_write_index", "_copy_side_files"])
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, step):
+    base = ModelFolder(make_model_folder(tmp_path / "base", tied=True, max_shard_size="20KB"))
+    before = {file.name: file.read_bytes() for file in base.path.iterdir()}
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_module, step, no_space)
+    with pytest.raises(UserError, match="out could not be written: No space left on device"):
+        write_model_with_rows(base, tmp_path / "out", IDS, torch.ones(3, 32), "input")
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+    assert {file.name: file.read_bytes() for file in base.path.iterdir()} == before

@@ -1,0 +1,459 @@
+"""Tickets: what a draw records, a folder that PEFT loads, damage that is refused, rows in and out to the bit."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny import make_model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ksl_ds.lottery import ticket_files
+from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, draw_ticket, explain_empty, make_ticket, measure_shift
+
+IDS = [3, 17, 64, 130]
+FILES = ["adapter_config.json", "adapter_model.safetensors", "ks.safetensors", "ticket.json"]
+
+
+def shifted(before_VD: torch.Tensor, ids: list[int] = IDS, seed: int = 1) -> torch.Tensor:
+    after_VD = before_VD.clone()
+    noise_KD = torch.randn(len(ids), before_VD.shape[1], generator=torch.Generator().manual_seed(seed)).abs() + 1
+    after_VD[ids] = (before_VD[ids].float() + noise_KD).to(before_VD.dtype)
+    return after_VD
+
+
+def random_matrix(vocab_size: int = 134, num_samples: int = 32, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(vocab_size, num_samples, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def same(left: Ticket, right: Ticket) -> bool:
+    tensors = ("rows_KD", "base_rows_KD", "count_V")
+    plain = [{k: v for k, v in vars(ticket).items() if k not in tensors} for ticket in (left, right)]
+    equal = all(torch.equal(getattr(left, name), getattr(right, name)) for name in tensors)
+    return plain[0] == plain[1] and equal and left.base_rows_KD.dtype == right.base_rows_KD.dtype
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    before_VD = random_matrix(dtype=torch.bfloat16)
+    tokens = [f"Ġtoken{number}" for number in range(len(before_VD))]
+    ticket = draw_ticket(before_VD, shifted(before_VD), tokens=tokens)
+    ticket.with_rows(ticket.rows_KD, before="base", stage="embed_tuning").save(
+        tmp_path / "ticket", "model.embed_tokens"
+    )
+    return tmp_path / "ticket"
+
+
+# What a draw records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ticket_records_what_scipy_finds(dtype):
+    before_VD = random_matrix(dtype=dtype)
+    after_VD = shifted(before_VD)
+    ticket = draw_ticket(before_VD, after_VD)
+    assert ticket.token_ids == IDS
+    for place, number in enumerate(IDS):
+        reference = stats.ks_2samp(before_VD[number].double(), after_VD[number].double(), method="exact")
+        assert ticket.statistic[place] == pytest.approx(reference.statistic, abs=1e-12)
+        assert ticket.pvalue[place] == pytest.approx(reference.pvalue, rel=1e-9)
+        moved = (after_VD[number].double() - before_VD[number].double()).norm() / before_VD[number].double().norm()
+        assert ticket.shift_ratio[place] == pytest.approx(moved.item(), rel=1e-5)
+    assert torch.equal(ticket.rows_KD, after_VD[IDS].float())
+    assert torch.equal(ticket.base_rows_KD, before_VD[IDS]) and ticket.base_rows_KD.dtype == dtype
+    assert ticket.count_V.dtype == torch.int32 and ticket.count_V[IDS].tolist() == ticket.count
+    assert ticket.count_V.count_nonzero() == len(IDS)
+    assert ticket.tested_dtype == ticket.base["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_ticket_shift_ratio_is_finite_for_zero_rows(tmp_path):
+    before_VD = random_matrix()
+    before_VD[[5, 6]] = 0
+    after_VD = before_VD.clone()
+    after_VD[6] = 1e-3
+    shift = measure_shift(before_VD, after_VD)
+    assert shift.shift_ratio_V[5] == 0 and shift.shift_ratio_V[6] == torch.finfo(torch.float32).max
+    draw_ticket(before_VD, after_VD, selection="shift_ratio", top_k=1).save(tmp_path / "t", "embed")
+    json.loads((tmp_path / "t" / "ticket.json").read_text(), parse_constant=pytest.fail)  # strict JSON: no Infinity
+
+
+def test_ticket_shift_does_not_depend_on_blocks_or_mapping(tmp_path):
+    before_VD = random_matrix()
+    after_VD = shifted(before_VD)
+    mapped = []
+    for name, matrix in (("before", before_VD), ("after", after_VD)):
+        matrix.numpy().tofile(tmp_path / name)
+        mapped.append(torch.from_numpy(np.memmap(tmp_path / name, np.float32, "r+", shape=tuple(matrix.shape))))
+    whole, blocked = measure_shift(before_VD, after_VD), measure_shift(*mapped, workspace_bytes=20_000)
+    for name in ("count_V", "shift_norm_V", "shift_ratio_V"):
+        assert torch.equal(getattr(whole, name), getattr(blocked, name)), name
+
+
+def test_ticket_selections_take_the_rows_they_name():
+    count_V = torch.tensor([0, 30, 12, 31, 5], dtype=torch.int32)
+    norm_V, ratio_V = torch.tensor([0.0, 1, 9, 2, 8]), torch.tensor([0.0, 7, 1, 2, 6])
+    shift = Shift(count_V, norm_V, ratio_V, num_samples=32, tested_dtype="float32")
+    assert choose_rows(shift).tolist() == [1, 2, 3]
+    assert choose_rows(shift, selection="bonferroni", alpha=0.05).tolist() == [1, 3]
+    assert choose_rows(shift, selection="top_k", top_k=2).tolist() == [1, 3]
+    assert choose_rows(shift, selection="shift_norm", top_k=2).tolist() == [2, 4]
+    assert choose_rows(shift, selection="shift_ratio", top_k=2).tolist() == [1, 4]
+    frequency_V = torch.tensor([9, 0, 0, 0, 8])
+    assert choose_rows(shift, selection="frequency", top_k=2, frequency_V=frequency_V).tolist() == [0, 4]
+    draws = [choose_rows(shift, selection="random", top_k=2, seed=seed).tolist() for seed in range(20)]
+    assert draws[3] == choose_rows(shift, selection="random", top_k=2, seed=3).tolist()
+    assert len({tuple(ids) for ids in draws}) > 5 and all(ids == sorted(set(ids)) for ids in draws)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"selection": "largest"}, "must be one of alpha, top_k"),
+        ({"alpha": 0.0}, "between 0 and 1"),
+        ({"alpha": 1.0}, "between 0 and 1"),
+        ({"selection": "top_k", "top_k": 0}, "between 1 and the 134"),
+        ({"selection": "random", "top_k": 135}, "between 1 and the 134"),
+        ({"selection": "frequency"}, "how often each token occurs"),
+        ({"embedding_scope": "output"}, "one of input, shared"),
+    ],
+)
+def test_ticket_refuses_bad_settings(settings, reason):
+    before_VD = random_matrix()
+    with pytest.raises(ValueError, match=reason):
+        draw_ticket(before_VD, shifted(before_VD), **settings)
+
+
+def test_ticket_of_other_shapes_is_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        draw_ticket(random_matrix(), random_matrix(133))
+
+
+def test_empty_ticket_is_legal_explained_and_not_saved(tmp_path):
+    before_VD = random_matrix()
+    after_VD = before_VD.clone()
+    after_VD[7] *= 1.01
+    ticket = draw_ticket(before_VD, after_VD)
+    assert len(ticket) == 0 and ticket.rows_KD.shape == (0, 32)
+    text = explain_empty(measure_shift(before_VD, after_VD), 0.05)
+    largest = stats.ks_2samp(before_VD[7], after_VD[7]).statistic
+    assert f"the largest D is {largest:.4f} (p = 1)" in text and "0.01, 0, 0" in text
+    for word in ("learning rate", "steps", "alpha", "selection=top_k"):
+        assert word in text
+    with pytest.raises(ValueError, match="empty ticket"):
+        ticket.save(tmp_path / "t", "embed")
+    assert not (tmp_path / "t").exists()
+
+
+def test_ticket_docstring_example_runs():
+    module = sys.modules["ksl_ds.lottery.ticket"]
+    results = doctest.testmod(module)
+    assert results.attempted >= 5 and results.failed == 0
+
+
+def test_ticket_with_rows_keeps_the_draw_and_its_own_copy():
+    before_VD = random_matrix()
+    ticket = draw_ticket(before_VD, shifted(before_VD))
+    rows_KD = torch.ones(4, 32)
+    tuned = ticket.with_rows(rows_KD, stage="partial_tuning")
+    rows_KD.zero_()
+    assert torch.equal(tuned.rows_KD, torch.ones(4, 32)) and tuned.source == {"stage": "partial_tuning"}
+    assert torch.equal(tuned.base_rows_KD, ticket.base_rows_KD) and tuned.count == ticket.count
+    with pytest.raises(ValueError, match=r"\(4, 32\), not \(3, 32\)"):
+        ticket.with_rows(rows_KD[:3])
+
+
+# The folder
+
+
+def test_ticket_survives_its_folder(folder):
+    ticket = Ticket.load(folder)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert ticket.token_ids == IDS and ticket.tokens[0] == "Ġtoken3" and ticket.source["stage"] == "embed_tuning"
+    ticket.save(folder.parent / "again", "model.embed_tokens")
+    assert same(Ticket.load(folder.parent / "again"), ticket)
+    record = json.loads((folder / "ticket.json").read_text(encoding="utf-8"))
+    lists = ("token_ids", "tokens", "count", "statistic", "pvalue", "shift_ratio")
+    assert {len(record[name]) for name in lists} == {len(IDS)}
+    assert (record["alpha"], record["selection"], record["method"]) == (0.05, "alpha", "exact")
+    assert (record["num_samples"], record["vocab_size"], record["embedding_scope"]) == (32, 134, "input")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ticket_with_a_flipped_bit_is_refused(folder, name):
+    """Every byte of the JSON files, every 7th of the others. The base model's name in PEFT's config is free text."""
+    whole, content = Ticket.load(folder), (folder / name).read_bytes()
+    refused = 0
+    for place in range(0, len(content), 1 if name.endswith("json") else 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place % 8)
+        (folder / name).write_bytes(damaged)
+        try:
+            ticket = Ticket.load(folder)
+        except ValueError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        else:
+            # JSON white space, or free text of PEFT's config: nothing that a ticket consists of may have changed.
+            assert name.endswith("json") and same(ticket, whole), place
+    assert refused > 0.5 * len(content) / (1 if name.endswith("json") else 7)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_ticket_is_refused(folder, name):
+    content = (folder / name).read_bytes()
+    for length in (0, 1, 7, 8, 9, len(content) // 2, len(content) - 2):
+        (folder / name).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=name):
+            Ticket.load(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        Ticket.load(folder)
+
+
+class Malicious:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", [*FILES, "adapter_model.bin", "ks.pt"])
+def test_pickled_ticket_is_refused_and_not_run(folder, tmp_path, name):
+    marker = tmp_path / "executed"
+    (folder / name).write_bytes(pickle.dumps(Malicious(marker)))
+    if name not in FILES:
+        (folder / f"{Path(name).stem}.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickles are never loaded" if name not in FILES else name):
+        Ticket.load(folder)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Malicious(marker)))
+    assert marker.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"token_ids": [3, 64, 17, 130]}, "ascending"),
+        ({"token_ids": [3, 17, 17, 130]}, "ascending"),
+        ({"token_ids": [3, 17, 64, 134]}, "leave the vocabulary"),
+        ({"token_ids": [-1, 17, 64, 130]}, "leave the vocabulary"),
+        ({"token_ids": [3, 17, 64]}, "4 entries beside 3"),
+        ({"token_ids": [3, 17, 64, 131]}, "count differs"),
+        ({"tokens": ["a"]}, "tokens has 1 entries"),
+        ({"pvalue": ["0", "0", "0", "0"]}, "pvalue"),
+        ({"alpha": None}, "alpha is missing"),
+        ({"num_samples": 31}, "asks for"),
+        ({"vocab_size": 135}, "asks for"),
+        ({"base": {"dtype": "float16", "sha256": ""}}, "asks for"),
+        ({"base": {"dtype": "bfloat16", "sha256": ""}}, "not the rows"),
+        ({"modules": ["lm_head"]}, "adapter_model.safetensors holds"),
+        ({"format_version": 2}, "ticket format"),
+    ],
+)
+def test_ticket_at_odds_with_itself_is_refused(folder, changes, reason):
+    """Also where all checksums are right: a folder put together by hand must not reach a model."""
+    record = json.loads((folder / "ticket.json").read_text()) | changes
+    del record["sha256"]
+    record["sha256"] = ticket_files._record_sha256(record)
+    (folder / "ticket.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=reason):
+        Ticket.load(folder)
+
+
+def test_ticket_with_peft_config_of_other_rows_is_refused(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/model"}))
+    Ticket.load(folder)  # that name may be edited
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"token_indices": [3, 17, 64, 131]}))
+    with pytest.raises(ValueError, match=r"adapter_config.json: token_indices is at odds with ticket.json"):
+        Ticket.load(folder)
+
+
+@pytest.mark.parametrize("failing", ["_write_json", "_sync"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_interrupted_ticket_write_leaves_the_old_or_nothing(folder, tmp_path, monkeypatch, failing, existing):
+    old = Ticket.load(folder)
+    target = folder if existing else tmp_path / "new"
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ticket_files, failing, no_space)
+    with pytest.raises(OSError, match="No space"):
+        old.with_rows(old.rows_KD + 1).save(target, "model.embed_tokens")
+    assert [path.name for path in tmp_path.iterdir()] == ["ticket"]
+    assert same(Ticket.load(folder), old)
+
+
+def test_killed_ticket_write_leaves_the_old_one(folder, tmp_path):
+    script = (
+        "import os, sys; from ksl_ds.lottery import ticket_files; from ksl_ds.lottery.ticket import Ticket\n"
+        "ticket = Ticket.load(sys.argv[1]); ticket_files._write_json = lambda *_: os.kill(os.getpid(), 9)\n"
+        "ticket.with_rows(ticket.rows_KD + 1).save(sys.argv[1], 'model.embed_tokens')"
+    )
+    old = Ticket.load(folder)
+    assert subprocess.run([sys.executable, "-c", script, str(folder)], check=False).returncode == -9
+    assert same(Ticket.load(folder), old)
+    for draft in set(tmp_path.iterdir()) - {folder}:
+        with pytest.raises(ValueError, match="missing"):
+            Ticket.load(draft)
+    old.with_rows(old.rows_KD + 2).save(folder, "model.embed_tokens")
+    assert torch.equal(Ticket.load(folder).rows_KD, old.rows_KD + 2)
+
+
+def test_ticket_does_not_replace_a_foreign_folder(folder):
+    (folder / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"is not a ticket \(it holds model.safetensors\)"):
+        draw_ticket(random_matrix(), shifted(random_matrix())).save(folder, "embed")
+    assert (folder / "model.safetensors").read_bytes() == b"precious"
+
+
+# On models
+
+
+def ticket_on(path: Path, scope: str = "input", dtype: torch.dtype | None = None) -> tuple[Ticket, torch.nn.Module]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").eval()
+    before_VD = model.get_input_embeddings().weight.detach()
+    shift = measure_shift(before_VD, shifted(before_VD))
+    ids, tokens = torch.tensor(IDS), AutoTokenizer.from_pretrained(path).convert_ids_to_tokens(IDS)
+    ticket = make_ticket(
+        shift,
+        ids,
+        before_VD[ids],
+        shifted(before_VD)[ids],
+        selection="alpha",
+        alpha=0.05,
+        method="exact",
+        tokens=tokens,
+        embedding_scope=scope,
+        source={"before": str(path)},
+    )
+    return ticket, model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids_BL = torch.tensor([[3, 17, 9, 64, 130, 2, 20, 21], [5, 6, 7, 8, 9, 10, 11, 3]])
+    with torch.no_grad():
+        return model(input_ids=ids_BL).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "tied", "scope"),
+    [
+        ("llama", False, "input"),
+        ("llama", True, "shared"),
+        ("gemma", True, "shared"),
+        ("gemma", False, "input"),
+        ("opt", True, "shared"),
+        ("gpt_neox", False, "input"),
+        ("gpt_neox", True, "shared"),
+        ("qwen2", True, "shared"),
+    ],
+)
+def test_peft_gives_the_same_logits_as_the_ticket(tmp_path, architecture, tied, scope, dtype, recwarn):
+    from peft import PeftModel
+
+    base = make_model_folder(tmp_path / "base", architecture, tied=tied, dtype=dtype)
+    ticket, model = ticket_on(base, scope)
+    untouched = logits(model)
+    modules = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    head = modules[model.get_output_embeddings()] if tied else None
+    ticket.save(tmp_path / "ticket", modules[model.get_input_embeddings()], head)
+    Ticket.load(tmp_path / "ticket").apply(model)
+    recwarn.clear()
+    with_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).eval(), tmp_path / "ticket")
+    assert not [warning for warning in recwarn if "adapter" in str(warning.message)]
+    assert torch.equal(logits(with_peft), logits(model))
+    assert not torch.equal(logits(model), untouched)
+    assert torch.equal(logits(with_peft.merge_and_unload()), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tied", "scope"), [(False, "input"), (True, "input"), (True, "shared")])
+def test_ticket_goes_in_and_out_to_the_bit(tmp_path, tied, scope, dtype):
+    base = make_model_folder(tmp_path / "base", tied=tied)
+    ticket, _ = ticket_on(base, scope)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ticket.apply(model, tokenizer=AutoTokenizer.from_pretrained(base))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if tied and scope == "shared" else set())
+    assert changed == moved
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    rows_moved = (embedding != before["model.embed_tokens.weight"]).any(1).nonzero().flatten().tolist()
+    assert rows_moved == IDS and torch.equal(embedding[IDS], ticket.rows_KD.to(dtype))
+    assert (head is embedding) == (tied and scope == "shared") == model.config.tie_word_embeddings
+
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="carries a ticket already"):
+        ticket.apply(model)
+
+    ticket.remove(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert model.config.tie_word_embeddings == tied
+    with pytest.raises(ValueError, match="does not carry"):
+        ticket.remove(model)
+
+
+def test_ticket_is_removed_from_a_merged_model(tmp_path):
+    base = make_model_folder(tmp_path / "base")
+    ticket, model = ticket_on(base)
+    before = model.get_input_embeddings().weight.detach().clone()
+    ticket.apply(model)
+    model.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ticket.remove(merged)
+    assert torch.equal(merged.get_input_embeddings().weight, before)
+
+
+def test_ticket_refuses_another_base_unless_forced(tmp_path):
+    ticket, _ = ticket_on(make_model_folder(tmp_path / "base"))
+    other_path = make_model_folder(tmp_path / "other", seed=1)
+    other = AutoModelForCausalLM.from_pretrained(other_path)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="another base model: 4 of its 4 rows .* first is token 3"):
+        ticket.apply(other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    ticket.apply(other, force=True)
+    assert torch.equal(other.get_input_embeddings().weight[IDS], ticket.rows_KD)
+    ticket.remove(other)  # gives back what the other base had there, not what the ticket's base had
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+    wider = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path / "wider", hidden_size=64))
+    with pytest.raises(ValueError, match=r"shape \(134, 32\), not \(134, 64\)"):
+        ticket.apply(wider, force=True)
+
+
+def test_ticket_refuses_another_tokenizer(tmp_path):
+    base = make_model_folder(tmp_path / "base")
+    ticket, model = ticket_on(base)
+    other = shutil.copytree(base, tmp_path / "other")
+    text = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    swapped = next(token for token, number in vocabulary.items() if number == 17)
+    vocabulary["SWAPPED"] = vocabulary.pop(swapped)
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=f"token 17 is '{swapped}' there and 'SWAPPED' here"):
+        ticket.apply(model, tokenizer=AutoTokenizer.from_pretrained(other))
+    ticket.apply(model, tokenizer=AutoTokenizer.from_pretrained(base))
+
+
+def test_ticket_refuses_a_partitioned_model(tmp_path):
+    ticket, model = ticket_on(make_model_folder(tmp_path / "base"))
+    model.get_input_embeddings().weight.ds_id = 0
+    with pytest.raises(ValueError, match="partitioned by ZeRO-3"):
+        ticket.apply(model)
