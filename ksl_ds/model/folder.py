@@ -87,9 +87,11 @@ class ModelFolder(Shards):
     def meta_model(self) -> Any:
         """The architecture without weights, on the meta device."""
         from transformers import AutoModelForCausalLM
+        from transformers.modeling_utils import set_zero3_state
 
         try:
-            with torch.device("meta"):
+            # That state keeps transformers from partitioning this model where a ZeRO-3 configuration is alive.
+            with torch.device("meta"), set_zero3_state():
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.path}: no causal language model: {str(error).strip().splitlines()[0]}") from None

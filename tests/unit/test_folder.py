@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tickets import Malicious
 from tiny import make_model_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,6 +61,17 @@ def test_embedding_and_head_are_found(tmp_path, architecture, embedding, head, m
         stored = base.stored_name(name)
         assert stored is not None
         assert same(base.read_flat(stored, 0, parameter.numel()), parameter.detach().flatten())
+
+
+def test_architecture_is_never_partitioned(tmp_path):
+    """Also while a ZeRO-3 configuration is alive, which makes transformers partition every model it builds."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    path = make_model_folder(tmp_path / "base")
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    base = ModelFolder(path)
+    assert alive.is_zero3() and base.meta_model.get_input_embeddings().weight.shape == (134, 32)
+    assert not hasattr(base.meta_model.get_input_embeddings().weight, "ds_id") and not base.tied
 
 
 def test_embedding_is_found_without_the_base_model_prefix(tmp_path):
@@ -147,14 +159,6 @@ def test_folders_that_are_no_models_are_refused(tmp_path):
     (tmp_path / "aside").rename(path / "model.safetensors")
     with pytest.raises(UserError, match=r"config\.json"):
         assert ModelFolder(path).embedding_name
-
-
-class Malicious:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
