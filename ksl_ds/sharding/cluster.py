@@ -10,8 +10,9 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_on_host() -> bool:
+    """True on one rank of each host: the one that fetches files to a disk that its neighbours share."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -67,6 +73,25 @@ def barrier() -> None:
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def reset_peak_memory() -> None:
+    """Starts a new measurement of `peak_memory`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # some containers forbid it; the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Most bytes this rank has held since `reset_peak_memory`: on its GPU, or resident in the process on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("Linux reports VmHWM for every process")
 
 
 def say(text: str) -> None:
@@ -103,9 +128,16 @@ def from_main(value: Any) -> Any:
 
 def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
     """Reduces in place over all ranks and returns the tensor."""
-    if world_size() > 1:
+    if world_size() > 1 and tensor.numel():
         dist.all_reduce(tensor, op=op)
     return tensor
+
+
+def raise_together(message: str | None) -> None:
+    """Raises a UserError on every rank when any rank passes a message: the first one by rank."""
+    messages = [text for text in gather_objects(message) if text is not None]
+    if messages:
+        raise UserError(messages[0])
 
 
 @contextmanager
@@ -119,6 +151,4 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
-    messages = [text for text in gather_objects(message) if text is not None]
-    if messages:
-        raise UserError(messages[0]) from None
+    raise_together(message)

@@ -1,0 +1,112 @@
+"""The front door: `ksl-ds COMMAND [RECIPE.yaml] [key=value ...]`, in one process or under a launcher."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+
+from ksl_ds import __version__
+from ksl_ds.errors import UserError
+
+# command: (what it does, how it is called)
+COMMANDS = {
+    "lottery": (
+        "the whole method: embed tuning, draw, partial tuning, evaluation, report",
+        "RECIPE.yaml [key=value ...]",
+    ),
+    "tune": ("one training run: method=embed, full, ticket, lora or prefix", "RECIPE.yaml [key=value ...]"),
+    "draw": ("the KS test of two checkpoints of one model", "before=DIR after=DIR out=DIR [key=value ...]"),
+    "transfer": ("write a model with a ticket's rows", "base=DIR ticket=DIR out=DIR"),
+    "evaluate": ("translate held-out text and score it", "RECIPE.yaml [key=value ...]"),
+    "inspect": ("look at a ticket, or at what two tickets share", "TICKET [OTHER]"),
+}
+SCHEMA = {
+    "lottery": "Recipe",
+    "tune": "Recipe",
+    "evaluate": "Recipe",
+    "draw": "DrawCommand",
+    "transfer": "TransferCommand",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; 0 when it worked, 2 after a user's mistake."""
+    words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"ksl_ds {__version__}")
+        return 0
+    command, *rest = words
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
+    if command != "inspect" and any(word in ("-h", "--help") for word in rest):
+        print(_command_help(command))
+        return 0
+    try:
+        _command(command, rest)()
+    except UserError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _command(command: str, words: list[str]) -> Callable[[], None]:
+    if command == "inspect":
+        return lambda: importlib.import_module("ksl_ds.commands.inspect").run(words)
+    from ksl_ds import recipe as recipes
+
+    file = words[0] if words and "=" not in words[0] else None
+    recipe = recipes.load_recipe(getattr(recipes, SCHEMA[command]), file, words[1:] if file else words)
+    return lambda: _on_ranks(command, recipe)
+
+
+def _on_ranks(command: str, recipe: object) -> None:
+    # Each rank is a process of its own: tokenizers' threads would only compete, and warn about forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from ksl_ds.sharding import cluster
+    from ksl_ds.sharding.engine import quiet_libraries
+
+    cluster.start()
+    quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
+    importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
+    cluster.stop()
+
+
+def _fail(message: str) -> int:
+    """One line on stderr, from one rank: every rank knows the mistake, and all leave with the same code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ksl-ds: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _overview() -> str:
+    lines = [
+        "ksl-ds: find the few embedding rows that carry a fine-tuning (KS-Lottery), train only those.",
+        "",
+        "usage: ksl-ds COMMAND [RECIPE.yaml] [key=value ...]",
+        "       deepspeed [launcher options] --module ksl_ds COMMAND [RECIPE.yaml] [key=value ...]",
+        "",
+        *(f"  {name:10} {what}" for name, (what, _) in COMMANDS.items()),
+        "",
+        "ksl-ds COMMAND --help lists every key with its default. ksl-ds --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _command_help(command: str) -> str:
+    from ksl_ds import recipe as recipes
+
+    what, usage = COMMANDS[command]
+    lines = [f"ksl-ds {command}: {what}", "", f"usage: ksl-ds {command} {usage}", "", "keys (default):"]
+    for name, (default, text) in recipes.dotted_keys(getattr(recipes, SCHEMA[command])).items():
+        shown = "required" if default == "???" else "empty" if default in (None, []) else default
+        lines += [f"  {name} ({shown})", *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Translates the held-out text with a model, or a model and a ticket, and scores it."""
+
+from __future__ import annotations
+
+import torch
+
+from ksl_ds.commands.stages import load_ticket
+from ksl_ds.commands.summary import show_stages
+from ksl_ds.recipe import Recipe
+from ksl_ds.sharding.rows import RowShard
+from ksl_ds.training.evaluate import evaluate_stage, score_copying
+from ksl_ds.training.run import open_run
+
+
+def run(recipe: Recipe) -> None:
+    """Evaluates `model.path`, with the rows of `ticket` where one is given. Raises UserError for a mistake."""
+    with open_run(recipe, trains=False) as run:
+        score_copying(run)
+        if recipe.ticket is None:
+            evaluate_stage(run, "untuned", trained_parameters=0)
+        else:
+            shard = RowShard(run.model.get_input_embeddings().weight)
+            ticket = load_ticket(run, shard, recipe.ticket)
+            shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
+            evaluate_stage(run, "ticket", trained_parameters=ticket.rows_KD.numel())
+        show_stages(run)

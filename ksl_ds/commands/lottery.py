@@ -1,0 +1,43 @@
+"""The whole method: embed tuning, the draw, partial transfer, partial tuning, each scored on the same held-out text."""
+
+from __future__ import annotations
+
+import torch
+
+from ksl_ds.commands.stages import save_ticket, token_frequency, tune_embedding, tune_ticket
+from ksl_ds.commands.summary import show_stages, summarise
+from ksl_ds.errors import UserError
+from ksl_ds.lottery.ticket import explain_empty
+from ksl_ds.recipe import Recipe
+from ksl_ds.sharding.rows import RowShard
+from ksl_ds.training.evaluate import evaluate_stage, score_copying
+from ksl_ds.training.run import open_run
+
+
+def run(recipe: Recipe) -> None:
+    """Runs the lottery of a recipe. Raises UserError for a mistake in it, and when the draw selects no row."""
+    with open_run(recipe) as run:
+        score_copying(run)
+        evaluate_stage(run, "untuned", trained_parameters=0)
+
+        # 1. Snapshot the embedding, train all of it, and see which rows shifted.
+        shard = RowShard(run.model.get_input_embeddings().weight)
+        base_RD = shard.read()
+        shift, drawn = tune_embedding(run, shard, base_RD)
+        if not drawn.token_ids:
+            show_stages(run)
+            raise UserError(
+                f"{explain_empty(shift, recipe.draw.alpha, recipe.draw.method)}; the embed-tuned model is kept in "
+                f"{run.dir / 'checkpoints' / 'embed_tuning'}, where ksl-ds draw tries other settings at once"
+            )
+
+        # 2. Partial transfer: the drawn rows in the base model, nothing trained again.
+        shard.write(base_RD)
+        save_ticket(run, drawn, run.dir / "checkpoints" / "partial_transfer")
+        shard.write_rows(torch.tensor(drawn.token_ids), drawn.rows_KD)
+        evaluate_stage(run, "partial_transfer", trained_parameters=drawn.rows_KD.numel())
+
+        # 3. Partial tuning: the drawn rows alone, from the base weights.
+        shard.write(base_RD)
+        tuned = tune_ticket(run, shard, drawn)
+        summarise(run, drawn, tuned, token_frequency(run))

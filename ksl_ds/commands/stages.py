@@ -1,0 +1,135 @@
+"""The stages of the method, each one training run on an open run. `lottery` chains them, `tune` runs one.
+
+Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ksl_ds.errors import UserError
+from ksl_ds.lottery.ticket import Shift, Ticket
+from ksl_ds.model.folder import token_strings, write_model_with_rows
+from ksl_ds.model.rows import train_only_rows
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.draw import draw_from_shard
+from ksl_ds.sharding.rows import RowShard
+from ksl_ds.training.evaluate import evaluate_stage
+from ksl_ds.training.loop import train
+from ksl_ds.training.run import Run, numel
+
+SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
+
+
+def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift, Ticket]:
+    """Embed tuning: the whole input embedding trains, all else is frozen.
+
+    Leaves the tuned weights in the model and in `checkpoints/embed_tuning`. Returns what the KS test against `before_RD`,
+    this rank's rows before, found, and the ticket, possibly an empty one. They are drawn from the fp32 master weights,
+    hence while the engine lives.
+    """
+    embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
+
+    def at_end() -> tuple[Shift, Ticket]:
+        save_embedding(run, shard, run.dir / "checkpoints" / "embed_tuning")
+        return draw_from_shard(
+            shard,
+            before_RD,
+            recipe.draw,
+            seed=recipe.seed,
+            frequency_V=token_frequency(run),
+            tokens=token_strings(run.tokenizer, range(shard.num_rows)),
+            embedding_scope=recipe.model.embedding_scope,
+            source={"stage": "embed_tuning", "base": recipe.model.path},
+        )
+
+    cluster.reset_peak_memory()
+    outcome, drawn = train(
+        run,
+        [embedding],
+        stage="embed_tuning",
+        tuning=recipe.embed_tuning,
+        at_end=at_end,
+    )
+    evaluate_stage(run, "embed_tuning", trained_parameters=numel(embedding), outcome=outcome)
+    return drawn
+
+
+def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> Ticket:
+    """Partial tuning: the ticket's rows alone train, from the base weights. Returns the ticket with the tuned rows.
+
+    Leaves the tuned rows in the model and, as a ticket, in `ticket/`.
+    """
+    embedding, tuning = run.model.get_input_embeddings().weight, run.recipe.partial_tuning
+    ids_K = torch.tensor(ticket.token_ids)
+    trained_rows = train_only_rows(run.model, ids_K)
+    cluster.reset_peak_memory()
+    try:
+        outcome, rows_KD = train(
+            run,
+            [embedding],
+            stage="partial_tuning",
+            tuning=tuning,
+            at_end=lambda: shard.read_rows(ids_K),
+        )
+    finally:
+        trained_rows.remove()
+    tuned = ticket.with_rows(rows_KD, stage="partial_tuning", steps=outcome.steps)
+    save_ticket(run, tuned, run.dir / "ticket")
+    evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome)
+    return tuned
+
+
+def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
+    """A ticket folder, checked against the run's model on every rank."""
+    with cluster.together():
+        try:
+            ticket = Ticket.load(path)
+            ticket.check_shape(shard.num_rows, shard.row_length)
+        except (OSError, ValueError) as error:
+            raise UserError(f"ticket {path}: {error}") from None
+    base_KD = shard.read_rows(torch.tensor(ticket.token_ids))
+    with cluster.together():
+        try:
+            ticket.check_base(base_KD, token_strings(run.tokenizer, ticket.token_ids))
+        except ValueError as error:
+            raise UserError(f"ticket {path}: {error}") from None
+    return ticket
+
+
+def save_embedding(run: Run, shard: RowShard, out: Path) -> None:
+    """Writes the base model with the embedding as `shard` holds it: a whole model folder, untouched files linked.
+
+    Rank 0 holds the matrix in float32 host memory while it writes.
+    """
+    blocks_KD = []
+    for start in range(0, shard.num_rows, SAVED_AT_ONCE):
+        block_KD = shard.read_rows(torch.arange(start, min(start + SAVED_AT_ONCE, shard.num_rows)))
+        if cluster.is_main():
+            blocks_KD.append(block_KD)
+    with cluster.together():
+        if cluster.is_main():
+            out.parent.mkdir(exist_ok=True)
+            rows_VD = torch.cat(blocks_KD)
+            write_model_with_rows(run.folder, out, list(range(len(rows_VD))), rows_VD, run.recipe.model.embedding_scope)
+
+
+def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:
+    """Writes a ticket folder from rank 0."""
+    shared_head = run.folder.head_module if run.folder.tied and ticket.embedding_scope == "shared" else None
+    with cluster.together():
+        if cluster.is_main():
+            try:
+                out.parent.mkdir(exist_ok=True)
+                ticket.save(out, run.folder.embedding_module, shared_head)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{out} could not be written: {error}") from None
+
+
+def token_frequency(run: Run) -> Tensor:
+    """How often each token occurs in the training text, prompts included: int64 (V,)."""
+    ids = [number for example in run.examples["train"] for number in example.prompt_ids + example.response_ids]
+    return torch.bincount(torch.tensor(ids), minlength=run.folder.shape(run.folder.embedding_name)[0])

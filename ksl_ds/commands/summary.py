@@ -1,0 +1,125 @@
+"""What a finished run shows: the table of stages, the drawn tokens, the report, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksl_ds.lottery.ks import critical_count
+from ksl_ds.lottery.ticket import Ticket
+from ksl_ds.report import plots
+from ksl_ds.report.html import write_report
+from ksl_ds.report.tables import print_table, stage_name, stage_table, ticket_rows, ticket_table
+from ksl_ds.sharding import cluster
+from ksl_ds.training.run import Run
+
+TOKENS_SHOWN = 40
+ECDFS_SHOWN = 6
+SAMPLES_SHOWN = 12
+THRESHOLDS = (0.05, 0.5, 0.95)
+
+
+def show_stages(run: Run) -> None:
+    """Writes results.json and prints the table of stages with the baselines beside it."""
+    run.save_results()
+    if cluster.is_main():
+        print_table(stage_table(run.results["baselines"] | run.stages))
+
+
+def summarise(run: Run, drawn: Ticket, tuned: Ticket, frequency_V: Tensor) -> None:
+    """Ends a lottery: tables on the screen, results.json, report.html.
+
+    Parameters
+    ----------
+    drawn, tuned : the ticket with the rows of embed tuning, and with those of partial tuning
+    frequency_V : int64 (V,), how often each token occurs in the training text
+    """
+    rows = ticket_rows(
+        drawn.token_ids,
+        [run.tokenizer.decode([number]) or piece for number, piece in zip(drawn.token_ids, drawn.tokens, strict=True)],
+        drawn.count,
+        drawn.statistic,
+        drawn.pvalue,
+        drawn.shift_ratio,
+        frequency_V[drawn.token_ids].tolist(),
+    )
+    run.results["draw"] = {
+        "rows": len(drawn),
+        "vocab_size": drawn.vocab_size,
+        "num_samples": drawn.num_samples,
+        "selection": drawn.selection,
+        "alpha": drawn.alpha,
+        "method": drawn.method,
+        "tested_dtype": drawn.tested_dtype,
+        "largest_statistic": int(drawn.count_V.max()) / drawn.num_samples,
+        "tokens": rows,
+    }
+    show_stages(run)
+    if not cluster.is_main():
+        return
+    print_table(ticket_table(rows, limit=TOKENS_SHOWN))
+    figures = _figures(run, drawn, frequency_V)
+    for caption, figure in figures.items():
+        run.tracker.figure(caption, figure)
+    write_report(
+        run.dir / "report.html",
+        title=f"KS-Lottery: {run.dir.name}",
+        recipe_yaml=(run.dir / "recipe.yaml").read_text(),
+        stages=run.results["baselines"] | run.stages,
+        ticket_rows=rows,
+        figures=figures,
+        samples=_samples(run),
+        notes=_notes(run, drawn),
+    )
+    for name, what in {
+        "ticket": "the ticket, tuned",
+        "report.html": "the report",
+        "checkpoints": "embed-tuned model, partial transfer",
+        "translations": "all hypotheses",
+    }.items():
+        cluster.say(f"{what + ':':36} {run.dir / name}")
+
+
+def _figures(run: Run, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
+    lines = (run.dir / "metrics.jsonl").read_text().splitlines()
+    statistic_V = drawn.count_V / drawn.num_samples
+    thresholds = {
+        alpha: critical_count(drawn.num_samples, alpha, drawn.method) / drawn.num_samples for alpha in THRESHOLDS
+    }
+    top_K = torch.tensor(drawn.count).argsort(descending=True, stable=True)[:ECDFS_SHOWN]
+    texts = [run.tokenizer.decode([drawn.token_ids[index]]) for index in top_K.tolist()]
+    return {
+        "Training": plots.training_curves([json.loads(line) for line in lines]),
+        "Distribution of D over the vocabulary": plots.d_histogram(statistic_V, thresholds),
+        "Rows of largest D, before and after": plots.ecdf_rows(
+            drawn.base_rows_KD[top_K].float(), drawn.rows_KD[top_K], texts
+        ),
+        "D against how often a token occurs in the training text": plots.d_against(
+            statistic_V, frequency_V, "occurrences in the training text"
+        ),
+        "Scores of the stages": plots.stage_bars(run.results["baselines"] | run.stages),
+    }
+
+
+def _samples(run: Run) -> list[dict[str, str]]:
+    """Sources, references and every stage's translation of the first test sentences."""
+    pairs = run.corpora["test"].pairs[:SAMPLES_SHOWN]
+    samples = [{"source": pair.source, "reference": pair.target} for pair in pairs]
+    for stage in run.stages:
+        lines = (run.dir / "translations" / stage / "hypotheses.txt").read_text(encoding="utf-8").split("\n")
+        for sample, line in zip(samples, lines, strict=False):
+            sample[stage_name(stage)] = line
+    return samples
+
+
+def _notes(run: Run, drawn: Ticket) -> list[str]:
+    text, recipe = run.results["text"], run.recipe
+    return [
+        f"{recipe.model.path}, {recipe.text.source_language} to {recipe.text.target_language}: {text['train']['pairs']} "
+        f"training and {text['test']['pairs']} test pairs, {cluster.world_size()} ranks, {recipe.training.precision}.",
+        f"{len(drawn)} of {drawn.vocab_size} rows drawn by {drawn.selection} (alpha {drawn.alpha}, {drawn.method} "
+        f"p-values, d = {drawn.num_samples}); the largest D is {max(drawn.statistic):.4f}.",
+    ]

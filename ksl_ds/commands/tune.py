@@ -1,0 +1,25 @@
+"""One training run by one method, evaluated on the held-out text."""
+
+from __future__ import annotations
+
+from ksl_ds.commands.stages import load_ticket, tune_embedding, tune_ticket
+from ksl_ds.commands.summary import show_stages
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe
+from ksl_ds.sharding.rows import RowShard
+from ksl_ds.training.evaluate import score_copying
+from ksl_ds.training.run import open_run
+
+
+def run(recipe: Recipe) -> None:
+    """Trains `method` from the base weights. Raises UserError for a mistake in the recipe."""
+    if recipe.method == "ticket" and recipe.ticket is None:
+        raise UserError("method=ticket trains the rows of a ticket: give ticket=DIR")
+    with open_run(recipe) as run:
+        score_copying(run)
+        shard = RowShard(run.model.get_input_embeddings().weight)
+        if recipe.method == "embed":
+            tune_embedding(run, shard, shard.read())
+        else:
+            tune_ticket(run, shard, load_ticket(run, shard, recipe.ticket))
+        show_stages(run)

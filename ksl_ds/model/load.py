@@ -1,0 +1,113 @@
+"""Loads a causal language model under ZeRO and proves that the weights are the checkpoint's.
+
+Under stage 3 the model is built inside `zero.Init`: each layer is cut up as it is made, rank 0 reads the memory-mapped
+checkpoint, and no rank ever holds the whole. Some library versions silently left weights random there, so every rank
+compares its own part of every tensor with the file, bit for bit: all ranks together read the checkpoint once.
+
+Legend: D coordinates of an embedding row; tensors here are flat unless named otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ksl_ds.errors import UserError
+from ksl_ds.model.folder import ModelFolder, local_folder
+from ksl_ds.recipe import Model, Recipe
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
+
+
+def open_folder(recipe: Model) -> ModelFolder:
+    """The model's folder on this host; a Hub model is fetched once per host."""
+    with cluster.together():
+        if cluster.is_first_on_host():
+            local_folder(recipe.path, recipe.revision)
+    with cluster.together():
+        return ModelFolder(local_folder(recipe.path, recipe.revision), trust_remote_code=recipe.trust_remote_code)
+
+
+def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> nn.Module:
+    """The model of `recipe`, partitioned as `config` (DeepSpeed) says, verified against its files.
+
+    With `embedding_scope: input` a tied model is untied: its head becomes a frozen copy of the embedding.
+
+    Raises
+    ------
+    UserError
+        When weights are missing from the checkpoint or differ from it after loading.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers looks the configuration up through a weak reference: it must live until the model is built.
+    zero_config = HfDeepSpeedConfig(config)
+    model_config = copy.deepcopy(folder.config)
+    untie = folder.tied and recipe.model.embedding_scope == "input"
+    if untie:
+        model_config.tie_word_embeddings = False
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder.path,
+        config=model_config,
+        dtype=TORCH_DTYPE[recipe.training.precision],
+        trust_remote_code=recipe.model.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    del zero_config
+    if stage_of(config) < 3:
+        model.to(cluster.device())
+    missing = set(info["missing_keys"])
+    if untie:
+        head = next(name for name, value in model.named_parameters() if value is model.get_output_embeddings().weight)
+        missing.discard(head)
+        _copy_weight(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    if missing:
+        raise UserError(f"{folder.path}: the checkpoint lacks {len(missing)} weights, such as {min(missing)}")
+    verify_weights(model, folder)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
+    """Copies between parameters of one shape, hence cut alike: each rank copies its own part."""
+    with torch.no_grad():
+        getattr(target, "ds_tensor", target).copy_(getattr(source, "ds_tensor", source))
+
+
+def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
+    """Compares every weight with the checkpoint, each rank its own part.
+
+    Tensors that the model stores in another form than the file (fused experts, say) have no counterpart to compare;
+    the input embedding always has.
+    """
+    failure = None
+    for name, parameter in model.named_parameters():
+        stored = folder.stored_name(name)
+        if stored is None:
+            continue
+        part, start = _local_part(parameter)
+        if part.numel() == 0:
+            continue
+        expected = folder.read_flat(stored, start, start + part.numel())
+        if not torch.equal(part.cpu(), expected.to(part.dtype)):
+            failure = f"{folder.path}: {name} differs from the checkpoint after loading; report this library mismatch"
+            break
+    cluster.raise_together(failure)
+
+
+def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+    """This rank's flat part of a parameter without padding, and its offset; an even share of an unpartitioned one."""
+    if hasattr(parameter, "ds_tensor"):
+        size = parameter.ds_tensor.ds_numel
+        start = size * torch.distributed.get_rank(parameter.ds_process_group)
+        part = parameter.ds_tensor.detach()
+        return part[: max(0, min(size, parameter.ds_numel - start))], start
+    size = -(-parameter.numel() // cluster.world_size())
+    start = min(size * cluster.rank(), parameter.numel())
+    return parameter.detach().flatten()[start : start + size], start

@@ -1,0 +1,168 @@
+"""DeepSpeed engines: the one place where a recipe becomes a DeepSpeed configuration.
+
+Batch size, precision and clipping live in the recipe alone; a DeepSpeed JSON that says otherwise is an error that names
+both. An engine lives for one training run: afterwards it is destroyed and the model, still partitioned, takes the next.
+So one loaded backbone serves every stage of the lottery.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe, Tuning, shipped_file
+from ksl_ds.sharding import cluster
+
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# What the recipe decides, and the key of the recipe that decides it.
+OWNED_SECTIONS = {
+    "optimizer": "embed_tuning, partial_tuning, ...",
+    "scheduler": "embed_tuning.schedule, partial_tuning.schedule, ...",
+    "wandb": "tracking",
+    "tensorboard": "tracking",
+    "csv_monitor": "tracking",
+}
+# Features whose partitioning or gradient path the row code has not been tested with.
+UNTESTED_ZERO_KEYS = ("zero_hpz_partition_size", "mics_shard_size", "zenflow", "zero_quantized_weights")
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a recipe on the ranks there are.
+
+    Raises
+    ------
+    UserError
+        When the JSON is missing or broken, contradicts the recipe, or asks for a feature that rows were not tested with.
+    """
+    path = shipped_file(recipe.deepspeed, "ds_configs")
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"deepspeed: no file {recipe.deepspeed}, here or in ds_configs/") from None
+    except ValueError as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    for section, owner in OWNED_SECTIONS.items():
+        if section in config:
+            raise UserError(f"{path} has a section {section!r}, which the recipe decides ({owner}); take it out")
+    zero = config.get("zero_optimization", {})
+    untested = [name for name in UNTESTED_ZERO_KEYS if zero.get(name, 1) not in (1, -1, False, None)]
+    if untested or "tensor_parallel" in config:
+        name = untested[0] if untested else "tensor_parallel"
+        raise UserError(f"{path} asks for {name}, which training of embedding rows does not support; take it out")
+
+    training = recipe.training
+    decided = {
+        "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation_steps(recipe), "training.batch_size"),
+        "gradient_clipping": (training.clip, "training.clip"),
+        "bf16.enabled": (training.precision == "bf16", "training.precision"),
+        "fp16.enabled": (training.precision == "fp16", "training.precision"),
+    }
+    for name, (value, owner) in decided.items():
+        section, _, entry = name.rpartition(".")
+        node = config.setdefault(section, {}) if section else config
+        if node.setdefault(entry, value) != value:
+            raise UserError(
+                f"{path} says {name} = {node[entry]}, but {owner} in the recipe makes it {value}; "
+                f"take {name} out of the JSON"
+            )
+    if "train_batch_size" in config:
+        raise UserError(f"{path} says train_batch_size, but training.batch_size in the recipe decides it; take it out")
+    # Our optimizer is torch's fused AdamW, which runs on CPU as well: offload needs no compiled DeepSpeedCPUAdam.
+    config["zero_force_ds_cpu_optimizer"] = False
+    config.setdefault("steps_per_print", 10**9)
+    return config
+
+
+def accumulation_steps(recipe: Recipe) -> int:
+    """Micro-batches that each rank runs for one optimizer step."""
+    return -(-recipe.training.batch_size // (recipe.training.micro_batch_size * cluster.world_size()))
+
+
+def stage_of(config: dict[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def adamw(parameters: list[nn.Parameter], tuning: Tuning) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=tuning.learning_rate,
+        betas=(tuning.betas[0], tuning.betas[1]),
+        eps=tuning.epsilon,
+        weight_decay=tuning.weight_decay,
+        fused=True,
+    )
+
+
+@contextmanager
+def training_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: dict[str, Any]
+) -> Iterator[Any]:
+    """A DeepSpeed engine that trains what `optimizer` holds; the model comes back without it."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    try:
+        yield engine
+    finally:
+        _dismantle(engine)
+
+
+@contextmanager
+def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Module]:
+    """The model with ZeRO-3's layer-by-layer gathering and nothing to train."""
+    import deepspeed
+
+    without_training = {name: value for name, value in config.items() if name != "gradient_clipping"}
+    engine, *_ = deepspeed.initialize(model=model, config=without_training)
+    try:
+        yield engine.module
+    finally:
+        _dismantle(engine)
+
+
+def _dismantle(engine: Any) -> None:
+    """Frees an engine's hooks, gradients and optimizer states; the model's own weights stay."""
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+    engine.destroy()
+    engine.optimizer = None
+    engine.module = None
+    gc.collect()  # engines hold themselves in cycles, and with them the optimizer's states
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Every rank holds the whole model inside the block, for many cheap forward passes; between engines only."""
+    import deepspeed
+
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    gathering: AbstractContextManager = deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+    with gathering:
+        yield model
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Silences what DeepSpeed, transformers, datasets and wandb log, unless asked for."""
+    if verbose:
+        return
+    import datasets
+    import deepspeed
+    import transformers
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

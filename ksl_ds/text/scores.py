@@ -1,0 +1,91 @@
+"""Scores of translations by sacrebleu, with what a single BLEU hides: the first line alone, stopping, length.
+
+A hypothesis is one line: line breaks within it become spaces, in the score and in the files alike, so that `sacrebleu` run by
+hand on the files gives the printed score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksl_ds.errors import UserError
+from ksl_ds.report.tracking import write_text
+
+
+@dataclass
+class Scores:
+    """sacrebleu's BLEU and chrF++ in 0 .. 100, of whole answers and of their first lines; mean length in tokens."""
+
+    bleu: float
+    chrf: float
+    first_line_bleu: float
+    first_line_chrf: float
+    stop_rate: float  # share of answers that the model ended itself
+    output_length: float  # tokens
+    signatures: dict[str, str]
+
+
+def check_tokenizer(tokenize: str) -> None:
+    """Makes sure that sacrebleu's tokenizer works, before anything is translated. Call it on the rank that scores.
+
+    Raises
+    ------
+    UserError
+        For an unknown tokenizer, or one whose model cannot be fetched.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    if tokenize not in BLEU.TOKENIZERS:
+        raise UserError(f"evaluation.tokenize is {tokenize!r}; sacrebleu has {', '.join(sorted(BLEU.TOKENIZERS))}")
+    try:
+        BLEU(tokenize=tokenize).corpus_score(["a"], [["a"]])
+    except Exception as error:  # the network's, sentencepiece's and MeCab's own kinds
+        raise UserError(
+            f"sacrebleu cannot set up the tokenizer {tokenize}: {' '.join(str(error).split())[:200]}; put its model into "
+            "~/.sacrebleu/models beforehand, or use evaluation.tokenize=13a"
+        ) from None
+
+
+def fold(text: str) -> str:
+    """The text on one line."""
+    return " ".join(text.split())
+
+
+def first_line(text: str) -> str:
+    """Up to the first line break; leading ones do not count."""
+    return fold(text.strip().split("\n")[0])
+
+
+def score(
+    hypotheses: list[str], references: list[str], stopped: list[bool], lengths: list[int], tokenize: str
+) -> Scores:
+    """Corpus scores of translations; `lengths` in tokens without the end token."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    bleu, chrf = BLEU(tokenize=tokenize), CHRF(word_order=2)
+    folded, cut = [fold(text) for text in hypotheses], [first_line(text) for text in hypotheses]
+    folded_references = [[fold(text) for text in references]]
+    return Scores(
+        bleu=bleu.corpus_score(folded, folded_references).score,
+        chrf=chrf.corpus_score(folded, folded_references).score,
+        first_line_bleu=bleu.corpus_score(cut, folded_references).score,
+        first_line_chrf=chrf.corpus_score(cut, folded_references).score,
+        stop_rate=sum(stopped) / len(stopped),
+        output_length=sum(lengths) / len(lengths),
+        signatures={"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
+    )
+
+
+def write_translations(folder: Path, sources: list[str], references: list[str], hypotheses: list[str]) -> None:
+    """sources.txt, references.txt, hypotheses.txt and hypotheses_first_line.txt in `folder`, a sentence a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "sources": [fold(text) for text in sources],
+        "references": [fold(text) for text in references],
+        "hypotheses": [fold(text) for text in hypotheses],
+        "hypotheses_first_line": [first_line(text) for text in hypotheses],
+    }
+    for name, lines in columns.items():
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))

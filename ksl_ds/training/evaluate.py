@@ -1,0 +1,92 @@
+"""Scores the model as it stands on the held-out text: loss, translations, BLEU and what they hide."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from torch import nn
+
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import inference_engine, stage_of, whole_weights
+from ksl_ds.text.scores import Scores, score, write_translations
+from ksl_ds.text.translate import translate
+from ksl_ds.training.loop import TrainingRun
+from ksl_ds.training.loss import corpus_loss
+from ksl_ds.training.run import Run
+
+
+@contextmanager
+def evaluation_model(run: Run) -> Iterator[tuple[nn.Module, bool]]:
+    """The model ready for forward passes, and whether these are collectives of all ranks."""
+    if run.recipe.evaluation.gather_weights or stage_of(run.config) < 3:
+        with whole_weights(run.model) as module:
+            yield module, False
+    else:
+        with inference_engine(run.model, run.config) as module:
+            yield module, cluster.world_size() > 1
+
+
+def evaluate_stage(run: Run, stage: str, *, trained_parameters: int, outcome: TrainingRun | None = None) -> None:
+    """Test loss and scores of the model as it stands, into `results.json` and `translations/STAGE/`."""
+    if outcome is None:
+        cluster.reset_peak_memory()
+    evaluation, started = run.recipe.evaluation, time.perf_counter()
+    label = stage.replace("_", " ")
+    with evaluation_model(run) as (module, partitioned):
+        loss = corpus_loss(module, run.model, run.examples["test"], run.pad_id, evaluation.batch_size)
+        translations = translate(
+            module, run.tokenizer, run.prompts, evaluation, partitioned=partitioned, label=f"translating, {label}"
+        )
+    pairs = run.corpora["test"].pairs
+    hypotheses = [translation.text for translation in translations]
+    scores: Scores | None = None
+    if cluster.is_main():
+        scores = score(
+            hypotheses,
+            [pair.target for pair in pairs],
+            [translation.stopped for translation in translations],
+            [translation.num_tokens for translation in translations],
+            evaluation.tokenize,
+        )
+        write_translations(
+            run.dir / "translations" / stage,
+            [pair.source for pair in pairs],
+            [pair.target for pair in pairs],
+            hypotheses,
+        )
+    run.stages[stage] = {
+        "trained_parameters": trained_parameters,
+        "test_loss": loss,
+        **asdict(cluster.from_main(scores)),
+        "steps": outcome.steps if outcome else 0,
+        "valid_loss": outcome.valid_loss if outcome else None,
+        "seconds": outcome.seconds if outcome else 0.0,
+        "evaluation_seconds": time.perf_counter() - started,
+        # Of the training; of the evaluation where nothing was trained.
+        "peak_memory_bytes": max(
+            cluster.gather_objects(outcome.peak_memory_bytes if outcome else cluster.peak_memory())
+        ),
+    }
+    shown = run.stages[stage]
+    run.tracker.log(stage, 0, **{name: value for name, value in shown.items() if isinstance(value, (int, float))})
+    run.save_results()
+    cluster.say(
+        f"{label}: test loss {loss:.3f}, BLEU {shown['bleu']:.1f}, chrF++ {shown['chrf']:.1f}, "
+        f"first-line BLEU {shown['first_line_bleu']:.1f}, stop rate {shown['stop_rate']:.2f}"
+    )
+
+
+def score_copying(run: Run) -> None:
+    """What handing back the source would score: a baseline that templated text makes strong."""
+    pairs = run.corpora["test"].pairs
+    if not cluster.is_main():
+        return
+    sources = [pair.source for pair in pairs]
+    lengths = [len(run.tokenizer(source, add_special_tokens=False).input_ids) for source in sources]
+    copied = score(
+        sources, [pair.target for pair in pairs], [True] * len(pairs), lengths, run.recipe.evaluation.tokenize
+    )
+    run.results["baselines"]["copying_source"] = {"trained_parameters": 0, "test_loss": None, **asdict(copied)}

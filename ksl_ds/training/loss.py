@@ -1,0 +1,65 @@
+"""The negative log-likelihood of responses, in training and on held-out text.
+
+Sums over tokens, never means of means: a batch's loss is the sum over its response tokens divided by their number in the
+*global* batch, so that it does not depend on how the pairs are spread over ranks and accumulation steps.
+
+Legend: B pairs, L positions, N response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ksl_ds.sharding import cluster
+from ksl_ds.text.batches import Example, collate_training, rank_micro_batches, response_tokens
+
+
+def response_nll(
+    model: Callable[..., Any],  # the module or the engine around it
+    batch: dict[str, Tensor],  # input_ids, attention_mask, labels: (B, L) int64, labels -100 outside the response
+    keeps_logits: bool,  # whether the model can skip the logits of early positions: see `can_keep_logits`
+) -> Tensor:
+    """Sum of -log p over the response tokens of a batch: a float32 scalar with gradient."""
+    labels_BL = batch["labels"].to(cluster.device())
+    extra = {}
+    if keeps_logits:
+        # Prompts are most of a batch and have no labels: the head need not see them.
+        first = int((labels_BL != -100).any(dim=0).float().argmax())
+        extra["logits_to_keep"] = labels_BL.shape[1] - first + 1
+    logits_BLV = model(
+        input_ids=batch["input_ids"].to(cluster.device()),
+        attention_mask=batch["attention_mask"].to(cluster.device()),
+        use_cache=False,
+        **extra,
+    ).logits
+    targets_BL = labels_BL[:, labels_BL.shape[1] - logits_BLV.shape[1] + 1 :]
+    at_response_BL = targets_BL != -100
+    logits_NV = logits_BLV[:, :-1][at_response_BL].float()
+    return F.cross_entropy(logits_NV, targets_BL[at_response_BL], reduction="sum")
+
+
+def can_keep_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def corpus_loss(model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int) -> float:
+    """Mean negative log-likelihood of a response token over `examples`, spread over the ranks, `size` pairs at once."""
+    by_length = sorted(
+        range(len(examples)), key=lambda index: -len(examples[index].prompt_ids + examples[index].response_ids)
+    )
+    keeps_logits = can_keep_logits(module)
+    total = torch.zeros((), dtype=torch.float64, device=cluster.device())
+    was_training = module.training
+    module.eval()
+    for indices in rank_micro_batches(by_length, cluster.rank(), cluster.world_size(), size):
+        batch = collate_training([examples[index] for index in indices], pad_id)
+        total += response_nll(model, batch, keeps_logits).double()
+    module.train(was_training)
+    return float(cluster.all_reduce(total)) / response_tokens(examples)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# All checks and tests, as CI runs them: bash launch/test.sh [pytest options]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh test
+
+ruff check .
+ruff format --check .
+mypy ksl_ds/lottery ksl_ds/sharding
+codespell
+shellcheck launch/*.sh .ci/run
+python -m pytest -q "$@"

@@ -1,0 +1,70 @@
+"""Run by test_lottery.py on several ranks: users' mistakes reach every rank as the same sentence, and write nothing."""
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+from tiny import make_model_folder
+
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import quiet_libraries
+
+cluster.start()
+quiet_libraries(False)
+
+if cluster.is_main():
+    Path("empty.jsonl").write_text("")
+    Path("one_sided.jsonl").write_text('{"source": "the cat", "target": ""}\n' * 3)
+    Path("other.jsonl").write_text('{"en": "the cat", "fr": "le chat"}\n')
+    shutil.copytree("model", "no_weights")
+    Path("no_weights/model.safetensors").unlink()
+    make_model_folder(Path("small"), vocab_size=50)
+    Path("clip.json").write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}))
+    Path("optimizer.json").write_text(json.dumps({"optimizer": {"type": "Adam"}}))
+cluster.barrier()
+
+# overrides: words that the sentence must contain
+MISTAKES = {
+    ("text.train=nowhere.jsonl",): ["nowhere.jsonl"],
+    ("text.train=other.jsonl",): ["source", "en", "fr"],
+    ("text.train=empty.jsonl",): ["empty.jsonl"],
+    ("text.train=one_sided.jsonl",): ["one_sided.jsonl"],
+    ("text.max_length=3",): ["text.max_length", "3"],
+    ("model.path=nowhere/model",): ["nowhere/model"],
+    ("model.path=no_weights",): ["no_weights", "weights"],
+    ("model.path=small",): ["50", "tokenizer"],
+    ("draw.alpha=1",): ["draw.alpha"],
+    ("text.prompt='say {sentence}'",): ["{source}"],
+    ("deepspeed=clip.json",): ["gradient_clipping", "0.5", "training.clip"],
+    ("deepspeed=optimizer.json",): ["optimizer", "embed_tuning"],
+    ("deepspeed=nowhere.json",): ["nowhere.json"],
+    ("num_ranks=7",): ["num_ranks=7", str(cluster.world_size())],
+    ("evaluation.tokenize=13b",): ["13b"],
+    ("training.batch_size=many",): ["training.batch_size", "many"],
+    ("method=ticket",): ["ticket="],
+    ("method=ticket", "ticket=nowhere"): ["nowhere"],
+    ("embed_tuning.learning_rate=1e30",): ["loss", "embed_tuning", "learning_rate"],
+}
+
+for overrides, words in MISTAKES.items():
+    try:
+        recipe = load_recipe(Recipe, "recipe.yaml", [*overrides, "run_dir=mistaken"])
+        import_module("ksl_ds.commands.tune").run(recipe)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    assert len(set(cluster.gather_objects(message))) == 1, message
+    assert message != "no error", overrides
+    assert "\n" not in message, message
+    assert all(word in message for word in words), (overrides, message)
+    if "learning_rate" not in overrides[0]:  # everything else is found before the run folder is made
+        assert not Path("mistaken").exists() or "ticket=nowhere" in overrides, overrides
+    cluster.barrier()
+    if cluster.is_main():
+        shutil.rmtree("mistaken", ignore_errors=True)
+    cluster.barrier()
+cluster.stop()
