@@ -6,7 +6,6 @@ in a file nothing is left out or cut, and there are no colour codes. A missing v
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import sys
@@ -58,23 +57,6 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(row[index]) for index in shown))
         return table
-
-    def html(self) -> str:
-        """A semantic table element with a caption; every text in it is escaped."""
-        lines = [f"<table>\n<caption>{html.escape(self.title)}</caption>\n<thead><tr>"]
-        for column in self.columns:
-            lines.append(f'<th scope="col"{_css(column)}>{html.escape(column.name)}</th>')
-        lines.append("</tr></thead>\n<tbody>")
-        for row in self.rows:
-            first, *rest = (html.escape(cell) for cell in row)
-            cells = [f'<th scope="row"{_css(self.columns[0])}>{first}</th>']
-            cells += [f"<td{_css(column)}>{cell}</td>" for column, cell in zip(self.columns[1:], rest, strict=True)]
-            lines.append(f"<tr>{''.join(cells)}</tr>")
-        return "\n".join([*lines, "</tbody>\n</table>"])
-
-
-def _css(column: Column) -> str:
-    return ' class="number"' if column.numeric else ""
 
 
 def print_table(table: Table, file: TextIO | None = None) -> None:

@@ -98,9 +98,9 @@ class Tracker:
             import wandb
             from PIL import Image
 
-            with io.BytesIO() as png:
-                figure.savefig(png, format="png", dpi=150, facecolor="white")
-                self._wandb.log({name: wandb.Image(Image.open(png))})
+            from ksl_ds.report.plots import png
+
+            self._wandb.log({name: wandb.Image(Image.open(io.BytesIO(png(figure))))})
 
     def finish(self) -> None:
         """Ends tracking; waits a limited time for wandb. Calling it twice does no harm."""

@@ -1,0 +1,206 @@
+"""report.html: one file that explains a run to a person, offline, on any screen and on paper.
+
+Choices and what they cost:
+- Everything is inside the file (style, figures), there is no script, and a content security policy forbids requests:
+  what is written today opens in ten years. The price is that nothing can be sorted or zoomed.
+- Figures are SVG whose ink is the page's text colour, so light and dark need one copy.
+- Every text goes through Jinja's escaping; only `Section.body` and the figures' SVG are taken as HTML.
+- The words are part of the result: what a score cannot show stands beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from ksl_ds import __version__
+from ksl_ds.recipe import Recipe
+from ksl_ds.report.page import PAGE, PARTS, STYLE
+from ksl_ds.report.plots import svg
+from ksl_ds.report.tables import Column, Table, in_order, memory, stage_name, stage_table, ticket_table
+from ksl_ds.report.tracking import hardware_and_versions, write_text
+
+TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
+
+_jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_parts = _jinja.from_string(PARTS).module
+
+
+@dataclass
+class Section:
+    """A part of the page. `body` is HTML: build it with `table`, `figure`, `paragraphs`."""
+
+    title: str
+    body: str
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+def table(content: Table, tall: bool = False) -> Markup:
+    """A table in a box that scrolls sideways on narrow screens (a `tall` one downwards too), with its notes."""
+    return Markup(_parts.table(content, tall))
+
+
+def figure(caption: str, content: Figure, prefix: str) -> Markup:
+    """A figure with its caption; `prefix` must differ between the figures of a page."""
+    return Markup(_parts.figure(caption, Markup(svg(content, prefix))))
+
+
+def paragraphs(*texts: str) -> Markup:
+    """Plain text, a paragraph each."""
+    return Markup(_parts.paragraphs(texts))
+
+
+def samples_html(samples: Sequence[Mapping[str, Any]]) -> Markup:
+    """Translations beside their source and reference: {"source", "reference", stage: hypothesis, ...} each."""
+    cards = []
+    for sample in samples:
+        stages = in_order({name: None for name in sample if name not in ("source", "reference")})
+        # As the first-line score cuts it: leading line breaks do not count.
+        shown = [(stage_name(stage), *(sample[stage] or "").strip().partition("\n")[::2]) for stage in stages]
+        cards.append((sample["source"], sample["reference"], shown))
+    return Markup(_parts.samples(cards))
+
+
+def what_was_run(recipe: Recipe, pairs: Mapping[str, int], steps: Mapping[str, int], ranks: int) -> str:
+    """The run in one sentence; `pairs` by part of the text (train, valid, test), `steps` by stage."""
+    text = recipe.text
+    counted = ", ".join(f"{number:,} {part}" for part, number in pairs.items())
+    trained = " and ".join(f"{number:,} steps of {stage_name(stage)}" for stage, number in steps.items() if number)
+    return (
+        f"{recipe.model.path}, {text.source_language} to {text.target_language}, {counted} pairs"
+        f"{trained and f', {trained}'} with batches of {recipe.training.batch_size} "
+        f"in {recipe.training.precision} on {ranks} rank{'' if ranks == 1 else 's'}."
+    )
+
+
+def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the scores do and do not show, one sentence for each thing that a reader could miss."""
+    sentences = []
+    untuned, copying = stages.get("untuned", {}), stages.get("copying_source", {})
+    for stage in in_order(stages):
+        scores, name = stages[stage], stage_name(stage)
+        if stage in ("untuned", "copying_source"):
+            continue
+        if _known(scores, untuned, "bleu", "first_line_bleu"):
+            raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
+            if raw >= 0.5 and first < raw / 2:
+                line = (
+                    f"only by {first:.1f} on the first line"
+                    if first > 0
+                    else f"but falls by {-first:.1f} on the first line"
+                )
+                share = "more than half" if first > 0 else "all"
+                sentences.append(
+                    f"{name}: BLEU rises by {raw:.1f} over the untuned model, {line}: {share} of the gain is the model "
+                    "learning to stop."
+                )
+        if _known(scores, copying, "chrf") and scores["chrf"] <= copying["chrf"]:
+            sentences.append(
+                f"{name}: its chrF++ ({scores['chrf']:.1f}) is not above that of copying the source "
+                f"({copying['chrf']:.1f})."
+            )
+        if _known(scores, untuned, "test_loss") and scores["test_loss"] >= untuned["test_loss"]:
+            sentences.append(f"{name}: the test loss is not below the untuned model's.")
+    return sentences
+
+
+def _known(one: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
+    return all(scores.get(key) is not None for scores in (one, other) for key in keys)
+
+
+def environment_table(environment: Mapping[str, Any]) -> Table:
+    """Hardware and versions, as `hardware_and_versions` gives them."""
+    gpus = environment.get("gpus_of_a_host") or []
+    rows = [
+        ["ranks", str(environment.get("ranks", ""))],
+        ["accelerators of a host", ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none"],
+        ["processor", f"{environment.get('cpu', '')}, {environment.get('cpu_cores', '?')} cores"],
+        ["memory of a host", memory(environment.get("memory_bytes"))],
+        ["system", str(environment.get("system", ""))],
+        ["git commit of the working directory", str(environment.get("git_commit") or "none")],
+    ]
+    rows += [[name, version] for name, version in environment.get("versions", {}).items()]
+    return Table("Hardware and versions", [Column("", numeric=False), Column("", numeric=False)], rows)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    recipe_yaml: str,
+    stages: Mapping[str, Mapping[str, Any]],
+    ticket_rows: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Figure],
+    samples: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    summary: str = "",
+    sections: Sequence[Section] = (),
+    environment: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the report, whole or not at all. A part without content is left out.
+
+    Parameters
+    ----------
+    title, summary
+        The heading, and the run in one sentence (see `what_was_run`).
+    stages
+        Scores by stage as in results.json; put `copying_source` among them.
+    ticket_rows
+        As for `tables.ticket_table`.
+    figures
+        By caption.
+    samples
+        As for `samples_html`.
+    notes
+        Remarks on this run that a reader must know, such as dropped pairs.
+    sections
+        Further parts (a certificate, a comparison), shown between the figures and the samples.
+    environment
+        Of `hardware_and_versions`; of this process unless given.
+
+    Raises
+    ------
+    UserError
+        When the file cannot be written.
+    """
+    parts = []
+    if stages:
+        scores = stage_table(stages)
+        body = table(scores) + Markup(_parts.reading(reading(stages), [*notes]))
+        parts.append(Section("Scores", body))
+    elif notes:
+        parts.append(Section("Notes", paragraphs(*notes)))
+    if ticket_rows:
+        parts.append(
+            Section("Ticket", table(ticket_table(ticket_rows, TICKET_ROWS), tall=True) + Markup(_parts.ticket()))
+        )
+    if figures:
+        drawn = (figure(caption, content, f"f{number}") for number, (caption, content) in enumerate(figures.items()))
+        parts.append(Section("Figures", Markup("\n").join(drawn)))
+    parts += sections
+    if samples:
+        parts.append(Section("Sample translations", samples_html(samples)))
+    if recipe_yaml:
+        parts.append(Section("Recipe", Markup(_parts.recipe(recipe_yaml))))
+    environment = hardware_and_versions() if environment is None else environment
+    parts.append(Section("Hardware and versions", table(environment_table(environment))))
+    page = _jinja.from_string(PAGE).render(
+        style=Markup(STYLE),
+        title=title,
+        summary=summary,
+        parts=[(part.anchor, part.title, Markup(part.body)) for part in parts],
+        version=__version__,
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    write_text(path, page + "\n")

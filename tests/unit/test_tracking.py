@@ -1,0 +1,323 @@
+"""What a run writes down, and that no fault of wandb stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from conftest import ENVIRONMENT
+from matplotlib.figure import Figure
+
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe
+from ksl_ds.report import tracking
+from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json, write_text
+from ksl_ds.sharding import cluster
+
+KEY = "5ecret" + "0123456789" * 4
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """A run folder, and a process that knows of no wandb account."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        del os.environ[name]
+    os.environ["NETRC"] = str(tmp_path / "no netrc")
+    os.environ["WANDB_CONFIG_DIR"] = str(tmp_path / "config")
+    (tmp_path / "run").mkdir()
+    yield tmp_path / "run"
+    wandb.teardown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def server():
+    """A server in place of wandb's, which refuses everything."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+
+        do_HEAD = do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def recipe(run_dir: Path, mode: str) -> Recipe:
+    made = Recipe(run_dir=str(run_dir))
+    made.model.path = "a/model"
+    made.tracking.wandb = mode
+    return made
+
+
+def lines(run_dir: Path) -> list[dict]:
+    def no_constants(word: str):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=no_constants) for line in text.splitlines()]
+
+
+def test_metrics_are_json_lines_that_can_be_read_while_the_run_goes_on(run_dir):
+    with Tracker(run_dir, recipe(run_dir, "off")) as tracker:
+        tracker.log("embed_tuning", 1, loss=2.5, gradient_norm=None)
+        tracker.log("embed_tuning", 2, loss=math.nan, learning_rate=math.inf)
+        tracker.log("partial_tuning", 1, loss=torch.tensor(1.5), count=np.int64(7), ids=np.arange(3))
+        written = lines(run_dir)
+    assert [line.pop("time") > 1.7e9 for line in written] == [True] * 3
+    assert written == [
+        {"stage": "embed_tuning", "step": 1, "loss": 2.5, "gradient_norm": None},
+        {"stage": "embed_tuning", "step": 2, "loss": None, "learning_rate": None},
+        {"stage": "partial_tuning", "step": 1, "loss": 1.5, "count": 7, "ids": [0, 1, 2]},
+    ]
+    assert not (run_dir / "wandb").exists()
+
+
+def test_a_resumed_run_appends(run_dir):
+    for step in (1, 2):
+        with Tracker(run_dir, recipe(run_dir, "off")) as tracker:
+            tracker.log("embed_tuning", step, loss=1.0)
+    assert [line["step"] for line in lines(run_dir)] == [1, 2]
+
+
+def test_other_ranks_do_nothing(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "is_main", lambda: False)
+    with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
+        tracker.log("embed_tuning", 1, loss=1.0)
+        tracker.figure("curve", Figure())
+    assert list(run_dir.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+OFFLINE_RUN = """
+from pathlib import Path
+from matplotlib.figure import Figure
+from ksl_ds.recipe import Recipe
+from ksl_ds.report.tracking import Tracker
+
+recipe = Recipe(run_dir="run")
+recipe.model.path = "a/model"
+with Tracker(Path("run"), recipe) as tracker:
+    tracker.log("embed_tuning", 1, loss=2.5, learning_rate=None)
+    tracker.log("partial_tuning", 1, loss=1.5)
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    tracker.figure("curves", figure)
+"""
+
+
+def test_offline_tracking_lies_in_the_run_folder_alone_and_holds_no_secret(tmp_path):
+    for name in ("home", "tmp", "work", "work/run", "fonts"):
+        (tmp_path / name).mkdir()
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("WANDB", "XDG"))}
+    environment |= {
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "MPLCONFIGDIR": str(tmp_path / "fonts"),
+    }
+    # With a key, but a server that cannot be reached: the default `auto` must end offline.
+    environment |= {"WANDB_API_KEY": KEY, "HF_TOKEN": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    process = subprocess.run(
+        [sys.executable, "-c", OFFLINE_RUN], cwd=tmp_path / "work", env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("wandb: offline (127.0.0.1 does not answer); upload with `wandb sync run/wandb/")
+    assert process.stdout.count("\n") == 1 and process.stderr == ""
+
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["run"]
+    assert sorted(path.name for path in (tmp_path / "work/run").iterdir()) == ["metrics.jsonl", "wandb"]
+    elsewhere = [path for name in ("home", "tmp") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert elsewhere == []
+
+    (folder,) = (tmp_path / "work/run/wandb").glob("offline-run-*")
+    (record,) = folder.glob("*.wandb")
+    for word in (b"embed_tuning/loss", b"partial_tuning/step", b"embedding_scope", b"a/model"):
+        assert word in record.read_bytes()
+    assert len(list(folder.glob("files/media/images/curves*.png"))) == 1
+    holding_it = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert holding_it == []
+
+
+@pytest.mark.parametrize(("mode", "variable"), [("off", "online"), ("auto", "disabled")])
+def test_no_wandb_when_asked_for_none(run_dir, monkeypatch, capsys, mode, variable):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    with Tracker(run_dir, recipe(run_dir, mode)) as tracker:
+        tracker.log("embed_tuning", 1, loss=1.0)
+    assert not (run_dir / "wandb").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_wandb_mode_offline_asks_nobody(run_dir, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(tracking, "_why_offline", lambda probe: pytest.fail("offline was asked for"))
+    Tracker(run_dir, recipe(run_dir, "online")).finish()
+    assert capsys.readouterr().out.startswith("wandb: offline; upload with")
+
+
+def test_auto_without_a_key_is_offline(run_dir, capsys):
+    Tracker(run_dir, recipe(run_dir, "auto")).finish()
+    assert capsys.readouterr().out.startswith("wandb: offline (no API key;")
+
+
+def test_auto_gives_up_on_a_server_that_accepts_and_then_says_nothing(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        Tracker(run_dir, recipe(run_dir, "auto")).finish()
+    assert capsys.readouterr().out.startswith("wandb: offline (127.0.0.1 does not answer)")
+
+
+def test_a_rejected_key_goes_offline_and_is_not_repeated(run_dir, server, capsys):
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server)
+    with Tracker(run_dir, recipe(run_dir, "online")) as tracker:
+        tracker.log("embed_tuning", 1, loss=1.0)
+    captured = capsys.readouterr()
+    assert captured.out.startswith("wandb: offline (") and "does not answer" not in captured.out
+    assert KEY not in captured.out + captured.err
+    assert len(lines(run_dir)) == 1
+    assert list((run_dir / "wandb").glob("offline-run-*"))
+
+
+def test_a_key_is_found_where_wandb_login_puts_it(run_dir, tmp_path, monkeypatch):
+    os.environ.update(WANDB_BASE_URL="http://127.0.0.1:9", NETRC=str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+    assert tracking._why_offline(probe=False) == ""
+    (tmp_path / "netrc").write_text(f"machine elsewhere.example login user password {KEY}\n")
+    assert tracking._why_offline(probe=False).startswith("no API key")
+
+
+def survives(run_dir: Path, capsys, mode: str = "offline") -> str:
+    """Runs on with a broken wandb; every number is in metrics.jsonl. Returns what was printed."""
+    with Tracker(run_dir, recipe(run_dir, mode)) as tracker:
+        for step in range(3):
+            tracker.log("embed_tuning", step, loss=1.0)
+        tracker.figure("curve", Figure())
+    assert [line["step"] for line in lines(run_dir)] == [0, 1, 2]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    return warnings[0]
+
+
+def test_a_run_goes_on_when_wandb_cannot_write(run_dir, capsys):
+    (run_dir / "wandb").write_text("a file where wandb wants a folder")
+    assert "no wandb" in survives(run_dir, capsys)
+
+
+def test_a_run_goes_on_when_wandb_cannot_start(run_dir, capsys, monkeypatch):
+    def fail(**_: object):
+        raise RuntimeError(f"broken\nby {KEY}")
+
+    os.environ["WANDB_API_KEY"] = KEY
+    monkeypatch.setattr(wandb, "init", fail)
+    assert survives(run_dir, capsys) == (
+        "warning: no wandb (broken by ***); the run goes on, metrics.jsonl has every number"
+    )
+
+
+def test_a_run_goes_on_when_wandb_never_starts(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "_init_wandb", lambda *_: threading.Event().wait())
+    assert "no answer in 0 s" in survives(run_dir, capsys)
+
+
+class BreaksLater:
+    """A run of wandb that fails while logging, or never finishes."""
+
+    offline, dir = True, "nowhere/files"
+
+    def __init__(self, hangs: bool) -> None:
+        self.hangs = hangs
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, _: dict) -> None:
+        if not self.hangs:
+            raise OSError(28, "No space left on device")
+
+    def finish(self) -> None:
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize(("hangs", "reason"), [(False, "No space left on device"), (True, "no answer in")])
+def test_a_run_goes_on_when_wandb_breaks_later(run_dir, capsys, monkeypatch, hangs, reason):
+    monkeypatch.setattr(tracking, "_init_wandb", lambda *_: BreaksLater(hangs))
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", -9.8)
+    warning = survives(run_dir, capsys)
+    assert "wandb stopped" in warning and reason in warning
+
+
+def test_a_run_goes_on_when_the_disk_is_full(run_dir, capsys):
+    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    with Tracker(run_dir, recipe(run_dir, "off")) as tracker:
+        tracker.log("embed_tuning", 1, loss=1.0)
+        tracker.log("embed_tuning", 2, loss=1.0)
+    out = capsys.readouterr().out
+    assert out.count("warning:") == 1 and "No space left on device" in out
+
+
+def test_json_files_are_sorted_readable_and_free_of_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"b": math.nan, "a": [Path("x"), np.float32(0.5), (1, True)], "é": {2: None}})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": ["x", 0.5, [1, True]], "b": None, "é": {"2": None}}
+    assert text.index('"a"') < text.index('"b"') < text.index('"é"')
+    assert text.count("\n") > 5
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"a\.json cannot be written: No space left on device"):
+        write_json(tmp_path / "a.json", {"new": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_missing_folder_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
+        write_json(tmp_path / "missing" / "a.json", {})
+
+
+def test_hardware_and_versions_name_software_and_commit_but_not_the_host(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hardware_and_versions()["git_commit"] is None
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    (tmp_path / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    found = hardware_and_versions()
+    assert found["git_commit"] == commit
+    (tmp_path / "file").write_text("2")
+    assert hardware_and_versions()["git_commit"] == f"{commit}-dirty"
+
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"python", "ksl_ds", "deepspeed", "transformers", "peft", "scipy", "sacrebleu"} <= set(found["versions"])
+    assert found["ranks"] == 1 and found["memory_bytes"] > 2**28 and found["cpu"]
+    assert socket.gethostname() not in json.dumps(found)
