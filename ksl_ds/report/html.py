@@ -76,7 +76,11 @@ def what_was_run(recipe: Recipe, pairs: Mapping[str, int], steps: Mapping[str, i
     """The run in one sentence; `pairs` by part of the text (train, valid, test), `steps` by stage."""
     text = recipe.text
     counted = ", ".join(f"{number:,} {part}" for part, number in pairs.items())
-    trained = " and ".join(f"{number:,} steps of {stage_name(stage)}" for stage, number in steps.items() if number)
+    trained = " and ".join(
+        f"{number:,} step{'' if number == 1 else 's'} of {stage_name(stage)}"
+        for stage, number in steps.items()
+        if number
+    )
     return (
         f"{recipe.model.path}, {text.source_language} to {text.target_language}, {counted} pairs"
         f"{trained and f', {trained}'} with batches of {recipe.training.batch_size} "

@@ -250,7 +250,7 @@ def stage_bars(stages: Mapping[str, Mapping[str, Any]]) -> Figure:
         _bars(bleu, at - 0.2, 0.36, first_line, PALETTE[1], "first line", "{:.1f}")
         _bars(chrf, at, 0.6, [stages[name].get("chrf") for name in names], PALETTE[2], "chrF++", "{:.1f}")
         _bars(stop, at, 0.6, [stages[name].get("stop_rate") for name in names], PALETTE[3], "stop rate", "{:.2f}")
-        bleu.set_yticks(at, [stage_name(name) for name in names])
+        bleu.set_yticks(at, [_short(stage_name(name), 28) for name in names], parse_math=False)
         for axes, title in ((bleu, "BLEU"), (chrf, "chrF++"), (stop, "stop rate")):
             axes.set_title(title)
             axes.margins(x=0.18)
@@ -287,5 +287,5 @@ def _ecdf(sample_D: np.ndarray, at: np.ndarray | float) -> np.ndarray:
     return np.searchsorted(np.sort(sample_D), at, side="right") / len(sample_D)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 14 else text[:13] + "…"
+def _short(text: str, length: int = 14) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
