@@ -12,8 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ksl_ds.errors import UserError
-from ksl_ds.lottery.ticket import Ticket
-from ksl_ds.lottery.ticket_files import tensor_sha256
+from ksl_ds.lottery.ticket import Ticket, differing_rows
 from ksl_ds.model.folder import ModelFolder, local_folder, token_strings, write_model_with_rows
 from ksl_ds.recipe import TransferCommand
 from ksl_ds.sharding import cluster
@@ -53,8 +52,7 @@ def transfer(command: TransferCommand) -> str:
     except ValueError as error:
         raise UserError(str(error)) from None
     write_model_with_rows(base, Path(command.out), ticket.token_ids, ticket.rows_KD, ticket.embedding_scope)
-    rows_KD = ticket.rows_KD.to(base_KD.dtype)
-    changed = sum(tensor_sha256(row) != tensor_sha256(old) for row, old in zip(rows_KD, base_KD, strict=True))
+    changed = int(differing_rows(ticket.rows_KD.to(base_KD.dtype), base_KD).sum())
     head = ""
     if base.tied:
         untied = "the output head is now a matrix of its own with the old values"

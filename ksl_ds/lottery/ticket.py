@@ -122,14 +122,11 @@ class Ticket:
         `rows_KD` may be in another floating dtype than the base: the base values are rounded the same way. `tokens`
         are the texts that the model's tokenizer gives the ticket's ids.
         """
-        same_K = [
-            tensor_sha256(found_D) == tensor_sha256(base_D)
-            for found_D, base_D in zip(rows_KD, self.base_rows_KD.to(rows_KD.dtype), strict=True)
-        ]
-        if not all(same_K):
-            first = self.token_ids[same_K.index(False)]
+        differs_K = differing_rows(rows_KD, self.base_rows_KD.to(rows_KD.dtype))
+        if differs_K.any():
+            first = self.token_ids[int(differs_K.int().argmax())]
             raise ValueError(
-                f"the ticket was drawn on another base model: {same_K.count(False)} of its {len(self)} rows have other "
+                f"the ticket was drawn on another base model: {int(differs_K.sum())} of its {len(self)} rows have other "
                 f"values there, the first is token {first} (force overrides)"
             )
         for number, own, other in zip(self.token_ids, self.tokens, tokens or self.tokens, strict=True):
@@ -183,7 +180,8 @@ class Ticket:
         weight_VD, ids_K = embedding.weight, torch.tensor(self.token_ids, device=embedding.weight.device)
         self.check_shape(*weight_VD.shape)
         ids, earlier_KD, untied = getattr(embedding, _REPLACED, (self.token_ids, self.base_rows_KD, False))
-        if ids != self.token_ids or tensor_sha256(weight_VD[ids_K]) != tensor_sha256(self.rows_KD.to(weight_VD.dtype)):
+        carried_KD = self.rows_KD.to(weight_VD.dtype)
+        if ids != self.token_ids or differing_rows(weight_VD.detach()[ids_K], carried_KD).any():
             raise ValueError("the model does not carry this ticket's rows, so they cannot be removed")
         with torch.no_grad():
             weight_VD[ids_K] = earlier_KD.to(weight_VD)
@@ -328,6 +326,12 @@ def draw_ticket(
         tokens=[tokens[number] for number in ids.tolist()] if tokens is not None else None,
         embedding_scope=embedding_scope,
     )
+
+
+def differing_rows(left_KD: Tensor, right_KD: Tensor) -> Tensor:
+    """Which rows of two matrices of one dtype differ in any bit, bool (K,) on the CPU; NaN equals itself here."""
+    left, right = (matrix.cpu().contiguous().view(torch.uint8) for matrix in (left_KD, right_KD))
+    return (left != right).any(1)
 
 
 def _plain_embedding(model: Any) -> Any:
