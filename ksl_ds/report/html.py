@@ -31,7 +31,7 @@ from ksl_ds.report.tracking import hardware_and_versions, write_text
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
 
 _jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_parts = _jinja.from_string(PARTS).module
+_parts: Any = _jinja.from_string(PARTS).module
 
 
 @dataclass

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -138,7 +138,7 @@ class Tracker:
 
 def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
     """A wandb run, or None where tracking is off or wandb fails; says in one line which it is. Rank 0 only."""
-    asked = recipe.tracking.wandb
+    asked: str = recipe.tracking.wandb
     if asked != "off":
         asked = {"dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", ""), mode) or asked
     if asked in ("off", "disabled"):
@@ -169,7 +169,7 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
     return run
 
 
-def _init_wandb(run_dir: Path, recipe: Recipe, mode: str) -> Any:
+def _init_wandb(run_dir: Path, recipe: Recipe, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
     settings: dict[str, Any] = {

@@ -147,12 +147,12 @@ def test_what_was_run_in_one_sentence():
     )
 
 
-def test_histogram_counts_rows_at_or_above_each_threshold_also_in_float32():
-    count = torch.tensor([0, 0, 46, 47, 47, 60])
-    figure = plots.d_histogram(count / D, {0.05: 47 / D})
-    (axes,) = figure.axes
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["α = 0.05: D ≥ 0.0816, 3 rows"]
-    assert sum(bar.get_height() for bar in axes.patches) == len(count)
+def test_histogram_counts_rows_at_or_above_each_threshold_also_where_float32_rounds_down():
+    critical = next(k for k in range(47, D) if float(np.float32(k / D)) < k / D)
+    count = torch.tensor([0, 0, critical - 1, critical, critical, critical + 9])
+    figure = plots.d_histogram(count / D, {0.05: critical / D})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"α = 0.05: D ≥ {critical / D:.4f}, 3 rows"]
+    assert sum(bar.get_height() for bar in figure.axes[0].patches) == len(count)
 
 
 def test_histogram_bins_hold_equally_many_possible_values():
