@@ -122,6 +122,7 @@ def row_counts(
     *,
     workspace_bytes: int = WORKSPACE_BYTES,
     progress: Callable[[int], object] | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """k of every row: how far the KS test sees `after_VD` from `before_VD`; int32 (V,) on their device.
 
@@ -135,6 +136,8 @@ def row_counts(
         Work space beside the two inputs and the result; at least one row is worked on at a time.
     progress : callable
         Called after each block with the number of rows in it.
+    first_row : int
+        What messages call row 0, where the tensors are a part of something larger.
 
     Raises
     ------
@@ -147,7 +150,7 @@ def row_counts(
     block = max(1, workspace_bytes // (WORKSPACE_PER_BYTE * width * common.itemsize))
     counts_V = torch.zeros(num_rows, dtype=torch.int32, device=before_VD.device)
     for start in range(0, num_rows, block):
-        before_RD, after_RD = _images(before_VD, after_VD, slice(start, start + block), common)
+        before_RD, after_RD = _images(before_VD, after_VD, slice(start, start + block), common, first_row)
         changed_R = (before_RD != after_RD).any(dim=1)
         if bool(changed_R.all()):
             counts_V[start : start + block] = block_counts(before_RD, after_RD)
@@ -158,7 +161,9 @@ def row_counts(
     return counts_V
 
 
-def _images(before_VN: Tensor, after_VM: Tensor, rows: slice, common: torch.dtype) -> tuple[Tensor, Tensor]:
+def _images(
+    before_VN: Tensor, after_VM: Tensor, rows: slice, common: torch.dtype, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
     """Both samples of some rows as integers that order like their values. Raises ValueError where one is not finite."""
     images = []
     for name, values in (("before", before_VN), ("after", after_VM)):
@@ -166,7 +171,7 @@ def _images(before_VN: Tensor, after_VM: Tensor, rows: slice, common: torch.dtyp
         bound = infinity(common)
         if int(image_R.max()) >= bound or int(image_R.min()) <= -bound:
             bad_R = ((image_R >= bound) | (image_R <= -bound)).any(dim=1)
-            row = rows.start + int(bad_R.nonzero()[0])
+            row = first_row + rows.start + int(bad_R.nonzero()[0])
             raise ValueError(f"row {row} of {name} holds NaN or infinity; the KS test needs finite values")
         images.append(image_R)
     return images[0], images[1]

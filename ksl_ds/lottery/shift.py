@@ -49,15 +49,16 @@ def measure_shift(
     *,
     workspace_bytes: int = 1 << 28,
     progress: Callable[[int], object] | None = None,
+    first_row: int = 0,
 ) -> Shift:
     """Tests every row of `after_VD` against the same row of `before_VD`; both (V, D), memory-mapped tensors too.
 
-    `progress` is called with the number of rows done since its last call.
+    `progress` is called with the number of rows done since its last call; messages call the first row `first_row`.
     """
     if before_VD.shape != after_VD.shape or before_VD.ndim != 2:
         raise ValueError(f"two (V, D) matrices of one shape are compared, not {before_VD.shape} and {after_VD.shape}")
     num_samples = before_VD.shape[1]
-    count_V = row_counts(before_VD, after_VD, workspace_bytes=workspace_bytes, progress=progress)
+    count_V = row_counts(before_VD, after_VD, workspace_bytes=workspace_bytes, progress=progress, first_row=first_row)
     norms, ratios = [], []
     # Four float32 copies of a block live at once.
     block = max(1, workspace_bytes // (16 * num_samples))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, make_ticket, measure_shift
 from ksl_ds.recipe import Draw
 from ksl_ds.sharding import cluster
-from ksl_ds.sharding.rows import RowShard
+from ksl_ds.sharding.rows import RowShard, Traffic
 
 
 def sharded_shift(shard: RowShard, before_RD: Tensor) -> Shift:
@@ -25,23 +25,36 @@ def sharded_shift(shard: RowShard, before_RD: Tensor) -> Shift:
     UserError
         On every rank, for a row that is not finite, naming the token.
     """
-    message = None
+    message, own = None, None
     try:
-        own = measure_shift(before_RD, shard.read())
+        own = measure_shift(before_RD, shard.read(), first_row=shard.start)
     except ValueError as error:
-        message = f"ranks own rows from {shard.start}: {error}"
+        message = f"embedding after tuning: {error}"
     cluster.raise_together(message)
-    shift = Shift(
-        shard.gather_vector(own.count_V),
-        shard.gather_vector(own.shift_norm_V),
-        shard.gather_vector(own.shift_ratio_V),
-        own.num_samples,
-        own.tested_dtype,
-    )
-    digest = hashlib.sha256(shift.count_V.numpy().tobytes()).hexdigest()
+    assert own is not None
+    return gather_shift(own, shard.start, shard.num_rows, shard.traffic)
+
+
+def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic | None = None) -> Shift:
+    """One Shift of all `num_rows` rows from each rank's own, which begin at row `start`: the same on every rank.
+
+    One integer and two floats a token travel. Raises RuntimeError should the ranks disagree about what they received.
+    """
+
+    def everywhere(values_R: Tensor) -> Tensor:
+        values_V = torch.zeros(num_rows, dtype=values_R.dtype, device=cluster.device())
+        values_V[start : start + len(values_R)] = values_R.to(values_V.device)
+        if traffic is not None:
+            traffic.reduced(values_V)
+        return cluster.all_reduce(values_V).cpu()
+
+    count_V = everywhere(own.count_V)
+    digest = hashlib.sha256(count_V.numpy().tobytes()).hexdigest()
     if len(set(cluster.gather_objects(digest))) > 1:
         raise RuntimeError("the ranks disagree about the KS counts: a collective returned different values")
-    return shift
+    return Shift(
+        count_V, everywhere(own.shift_norm_V), everywhere(own.shift_ratio_V), own.num_samples, own.tested_dtype
+    )
 
 
 def draw_from_shard(

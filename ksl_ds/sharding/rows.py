@@ -153,13 +153,6 @@ class RowShard:
             flat[positions[mine].to(flat.device)] = rows_KD[mine].to(flat)
         self._release()
 
-    def gather_vector(self, values_R: Tensor) -> Tensor:
-        """One value a row from every owner, put together: (V,) in the dtype of `values_R`, in host memory."""
-        values_V = torch.zeros(self.num_rows, dtype=values_R.dtype, device=cluster.device())
-        values_V[self.start : self.stop] = values_R.to(values_V.device)
-        self.traffic.reduced(values_V)
-        return cluster.all_reduce(values_V).cpu()
-
     def _parts(self) -> list[Span] | None:
         """The span of the authoritative values on each rank; None where every rank has all."""
         if hasattr(self._parameter, "ds_tensor"):
