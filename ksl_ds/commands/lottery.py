@@ -39,5 +39,5 @@ def run(recipe: Recipe) -> None:
 
         # 3. Partial tuning: the drawn rows alone, from the base weights.
         shard.write(base_RD)
-        tuned = tune_ticket(run, shard, drawn)
-        summarise(run, drawn, tuned, token_frequency(run))
+        tune_ticket(run, shard, drawn)
+        summarise(run, shift, drawn, token_frequency(run))

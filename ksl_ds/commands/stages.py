@@ -58,8 +58,8 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
     return drawn
 
 
-def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> Ticket:
-    """Partial tuning: the ticket's rows alone train, from the base weights. Returns the ticket with the tuned rows.
+def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> None:
+    """Partial tuning: the ticket's rows alone train, from the base weights.
 
     Leaves the tuned rows in the model and, as a ticket, in `ticket/`.
     """
@@ -80,7 +80,6 @@ def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> Ticket:
     tuned = ticket.with_rows(rows_KD, stage="partial_tuning", steps=outcome.steps)
     save_ticket(run, tuned, run.dir / "ticket")
     evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome)
-    return tuned
 
 
 def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ksl_ds.lottery.ks import critical_count
-from ksl_ds.lottery.ticket import Ticket
+from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
-from ksl_ds.report.html import write_report
+from ksl_ds.report.html import what_was_run, write_report
 from ksl_ds.report.tables import print_table, stage_name, stage_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
 from ksl_ds.training.run import Run
@@ -29,12 +29,13 @@ def show_stages(run: Run) -> None:
         print_table(stage_table(run.results["baselines"] | run.stages))
 
 
-def summarise(run: Run, drawn: Ticket, tuned: Ticket, frequency_V: Tensor) -> None:
+def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> None:
     """Ends a lottery: tables on the screen, results.json, report.html.
 
     Parameters
     ----------
-    drawn, tuned : the ticket with the rows of embed tuning, and with those of partial tuning
+    shift : what the KS test of the embed tuning found
+    drawn : the ticket drawn from it, with the rows of embed tuning
     frequency_V : int64 (V,), how often each token occurs in the training text
     """
     rows = ticket_rows(
@@ -61,7 +62,7 @@ def summarise(run: Run, drawn: Ticket, tuned: Ticket, frequency_V: Tensor) -> No
     if not cluster.is_main():
         return
     print_table(ticket_table(rows, limit=TOKENS_SHOWN))
-    figures = _figures(run, drawn, frequency_V)
+    figures = _figures(run, shift, drawn, frequency_V)
     for caption, figure in figures.items():
         run.tracker.figure(caption, figure)
     write_report(
@@ -72,7 +73,18 @@ def summarise(run: Run, drawn: Ticket, tuned: Ticket, frequency_V: Tensor) -> No
         ticket_rows=rows,
         figures=figures,
         samples=_samples(run),
-        notes=_notes(run, drawn),
+        notes=[
+            f"{name} text: {count:,} pairs left out, {reason}."
+            for name, part in run.results["text"].items()
+            for reason, count in part["dropped"].items()
+        ],
+        summary=what_was_run(
+            run.recipe,
+            {name: part["pairs"] for name, part in run.results["text"].items()},
+            {name: stage["steps"] for name, stage in run.stages.items()},
+            cluster.world_size(),
+        ),
+        environment=run.results["environment"],
     )
     for name, what in {
         "ticket": "the ticket, tuned",
@@ -83,24 +95,27 @@ def summarise(run: Run, drawn: Ticket, tuned: Ticket, frequency_V: Tensor) -> No
         cluster.say(f"{what + ':':36} {run.dir / name}")
 
 
-def _figures(run: Run, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
+def _figures(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
     lines = (run.dir / "metrics.jsonl").read_text().splitlines()
-    statistic_V = drawn.count_V / drawn.num_samples
+    statistic_V = shift.count_V / shift.num_samples
     thresholds = {
         alpha: critical_count(drawn.num_samples, alpha, drawn.method) / drawn.num_samples for alpha in THRESHOLDS
     }
     top_K = torch.tensor(drawn.count).argsort(descending=True, stable=True)[:ECDFS_SHOWN]
     texts = [run.tokenizer.decode([drawn.token_ids[index]]) for index in top_K.tolist()]
     return {
+        "Scores of the stages": plots.stage_bars(run.results["baselines"] | run.stages),
         "Training": plots.training_curves([json.loads(line) for line in lines]),
         "Distribution of D over the vocabulary": plots.d_histogram(statistic_V, thresholds),
         "Rows of largest D, before and after": plots.ecdf_rows(
             drawn.base_rows_KD[top_K].float(), drawn.rows_KD[top_K], texts
         ),
         "D against how often a token occurs in the training text": plots.d_against(
-            statistic_V, frequency_V, "occurrences in the training text"
+            statistic_V, frequency_V, "occurrences in the training text", drawn_K=drawn.token_ids
         ),
-        "Scores of the stages": plots.stage_bars(run.results["baselines"] | run.stages),
+        "D against how far a row moved for its length": plots.d_against(
+            statistic_V, shift.shift_ratio_V, "shift ratio", drawn_K=drawn.token_ids
+        ),
     }
 
 
@@ -113,13 +128,3 @@ def _samples(run: Run) -> list[dict[str, str]]:
         for sample, line in zip(samples, lines, strict=False):
             sample[stage_name(stage)] = line
     return samples
-
-
-def _notes(run: Run, drawn: Ticket) -> list[str]:
-    text, recipe = run.results["text"], run.recipe
-    return [
-        f"{recipe.model.path}, {recipe.text.source_language} to {recipe.text.target_language}: {text['train']['pairs']} "
-        f"training and {text['test']['pairs']} test pairs, {cluster.world_size()} ranks, {recipe.training.precision}.",
-        f"{len(drawn)} of {drawn.vocab_size} rows drawn by {drawn.selection} (alpha {drawn.alpha}, {drawn.method} "
-        f"p-values, d = {drawn.num_samples}); the largest D is {max(drawn.statistic):.4f}.",
-    ]

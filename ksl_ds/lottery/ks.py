@@ -42,7 +42,7 @@ class KSResult(NamedTuple):
 
     statistic: Tensor
     pvalue: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in scipy's own results
 
 
 def ks_2samp(before: Tensor, after: Tensor, *, method: Method = "exact") -> KSResult:

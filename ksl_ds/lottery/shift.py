@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ksl_ds.lottery import selection as select
-from ksl_ds.lottery.ks import critical_count, pvalue_table, row_counts
+from ksl_ds.lottery.ks import row_counts
+from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
 
 SELECTIONS = (
     "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio",
@@ -84,7 +85,7 @@ def choose_rows(
     *,
     selection: str = "alpha",
     alpha: float = 0.05,
-    method: str = "exact",
+    method: Method = "exact",
     top_k: int = 18,
     seed: int = 0,
     frequency_V: Tensor | None = None,
@@ -117,7 +118,7 @@ def choose_rows(
     return select.select_top_k(shift.count_V, top_k)
 
 
-def explain_empty(shift: Shift, alpha: float, method: str = "exact") -> str:
+def explain_empty(shift: Shift, alpha: float, method: Method = "exact") -> str:
     """Why no row was drawn at `alpha`, and what to change."""
     num_samples, largest = shift.num_samples, int(shift.count_V.max())
     pvalue = float(pvalue_table(num_samples, method)[largest])

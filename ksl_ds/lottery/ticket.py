@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksl_ds.lottery.ks import pvalue_table
+from ksl_ds.lottery.pvalues import Method, pvalue_table
 from ksl_ds.lottery.shift import Shift, choose_rows, dtype_name, explain_empty, measure_shift
 from ksl_ds.lottery.ticket_files import read_ticket, tensor_sha256, write_ticket
 
@@ -55,7 +55,7 @@ class Ticket:
     shift_ratio: list[float]
     alpha: float
     selection: str
-    method: str
+    method: Method
     num_samples: int
     vocab_size: int
     embedding_scope: str
@@ -200,7 +200,7 @@ def make_ticket(
     *,
     selection: str,
     alpha: float,
-    method: str,
+    method: Method,
     tokens: Sequence[str] | None = None,
     embedding_scope: str = "input",
     source: dict[str, Any] | None = None,
@@ -245,7 +245,7 @@ def draw_ticket(
     *,
     alpha: float = 0.05,
     selection: str = "alpha",
-    method: str = "exact",
+    method: Method = "exact",
     top_k: int = 18,
     seed: int = 0,
     frequency: Tensor | None = None,

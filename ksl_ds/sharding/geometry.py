@@ -17,7 +17,7 @@ class Span(NamedTuple):
     start: int
     stop: int
 
-    def __and__(self, other: Span) -> Span:  # type: ignore[override]
+    def __and__(self, other: Span) -> Span:
         start = max(self.start, other.start)
         return Span(start, max(start, min(self.stop, other.stop)))
 

@@ -11,6 +11,7 @@ flattened matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ class Traffic:
         self.received += size
 
 
-def master_part(parameter: nn.Parameter) -> tuple[Tensor, int]:
+def master_part(parameter: Any) -> tuple[Tensor, int]:
     """This rank's live flat part of a parameter, and its offset: what the optimizer steps.
 
     The fp32 master values where an optimizer holds some, else the weights themselves. Padding is left out. Writing to the
@@ -68,12 +69,12 @@ class RowShard:
     """
 
     def __init__(self, parameter: nn.Parameter):
-        self._parameter = parameter
-        self.num_rows, self.row_length = getattr(parameter, "ds_shape", parameter.shape)
+        self._parameter: Any = parameter  # DeepSpeed adds attributes to it
+        shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+        self.num_rows, self.row_length = shape
         self.traffic = Traffic()
         if hasattr(parameter, "ds_tensor"):
-            parts = zero3_parts(parameter.ds_numel, parameter.ds_tensor.ds_numel, cluster.world_size())
-            self._rows = owned_rows(parts, self.num_rows, self.row_length)
+            self._rows = owned_rows(self._zero3_parts(), self.num_rows, self.row_length)
         else:
             self._rows = even_rows(self.num_rows, cluster.world_size())
         self.start, self.stop = self._rows[cluster.rank()]
@@ -104,11 +105,14 @@ class RowShard:
 
     def write(self, rows_RD: Tensor) -> None:
         """Puts this rank's rows back, into the fp32 masters and into the weights that compute."""
-        parts = self._parts()
-        if parts is None:
-            everything = cluster.gather_objects(rows_RD) if cluster.world_size() > 1 else [rows_RD]
-            self._store(torch.cat(everything).flatten(), 0)
+        if not hasattr(self._parameter, "ds_tensor"):
+            # Every rank computes with the whole matrix, wherever its masters lie.
+            everything = torch.zeros(self.num_rows, self.row_length, dtype=torch.int32, device=cluster.device())
+            everything[self.start : self.stop] = rows_RD.to(everything.device).view(torch.int32)
+            self.traffic.reduced(everything)
+            self._store(cluster.all_reduce(everything).view(torch.float32).flatten(), 0)
             return
+        parts = self._zero3_parts()
         held = parts[cluster.rank()]
         own = Span(self.start * self.row_length, self.stop * self.row_length)
         flat_rows = rows_RD.flatten()
@@ -156,7 +160,7 @@ class RowShard:
     def _parts(self) -> list[Span] | None:
         """The span of the authoritative values on each rank; None where every rank has all."""
         if hasattr(self._parameter, "ds_tensor"):
-            return zero3_parts(self._parameter.ds_numel, self._parameter.ds_tensor.ds_numel, cluster.world_size())
+            return self._zero3_parts()
         mapping = getattr(self._parameter, "_hp_mapping", None)
         here = None
         if mapping is not None:
@@ -171,6 +175,9 @@ class RowShard:
             parts.append(Span(position, position) if span is None else Span(*span))
             position = parts[-1].stop
         return parts
+
+    def _zero3_parts(self) -> list[Span]:
+        return zero3_parts(self._parameter.ds_numel, self._parameter.ds_tensor.ds_numel, cluster.world_size())
 
     def _local(self, parts: list[Span]) -> tuple[Tensor, Span]:
         held = parts[cluster.rank()]
