@@ -228,13 +228,16 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
     UserError
         For a missing file, broken YAML, an unknown key (the nearest known one is named), a wrong type or value.
     """
+    where = ""
     try:
         merged = OmegaConf.structured(schema)
         if file is not None:
             path = shipped_file(file, "recipes")
             if not path.is_file():
                 raise UserError(f"recipe {file}: no such file")
+            where = f"{file}: "
             merged = OmegaConf.merge(merged, _lists_from_scalars(schema, _read_yaml(path)))
+            where = ""
         for word in overrides:
             name, equals, _ = word.partition("=")
             if not equals or not re.fullmatch(r"[\w.]+", name):
@@ -242,7 +245,7 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
             merged = OmegaConf.merge(merged, _lists_from_scalars(schema, OmegaConf.from_dotlist([word])))
         missing = sorted(OmegaConf.missing_keys(merged))
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error, schema, file)) from None
+        raise UserError(where + _explain(error, schema)) from None
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, in the recipe or as {missing[0]}=...")
     recipe = OmegaConf.to_object(merged)
@@ -262,8 +265,12 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _lists_from_scalars(schema: type, content: Any) -> Any:
-    """`train: a.jsonl` means `train: [a.jsonl]`."""
+    """`train: a.jsonl` means `train: [a.jsonl]`. A section that is given a value instead of keys is a mistake."""
     for name, (default, _) in dotted_keys(schema).items():
+        section = name.rpartition(".")[0]
+        given = OmegaConf.select(content, section) if section else None
+        if given is not None and not OmegaConf.is_dict(given):
+            raise UserError(f"{section} is {given!r}, but it is a section with keys of its own, such as {name}")
         if isinstance(default, list):
             value = OmegaConf.select(content, name)
             if value is not None and not OmegaConf.is_list(value):
@@ -271,8 +278,7 @@ def _lists_from_scalars(schema: type, content: Any) -> Any:
     return content
 
 
-def _explain(error: OmegaConfBaseException, schema: type, file: str | None) -> str:
-    where = f"{file}: " if file else ""
+def _explain(error: OmegaConfBaseException, schema: type) -> str:
     name = getattr(error, "full_key", None) or ""
     known = dotted_keys(schema)
     sections = sorted({known_key.rpartition(".")[0] for known_key in known} - {""})
@@ -282,9 +288,9 @@ def _explain(error: OmegaConfBaseException, schema: type, file: str | None) -> s
         near = near or [
             by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
         ]
-        return f"{where}unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see ksl-ds COMMAND --help")
+        return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see ksl-ds COMMAND --help")
     reason = str(error).split("\n")[0].rstrip(".")
-    return f"{where}{name or 'recipe'}: {reason[0].lower() + reason[1:]}"
+    return f"{name or 'recipe'}: {reason[0].lower() + reason[1:]}"
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -46,7 +46,7 @@ MISTAKES = {
     ("training.batch_size=many",): ["training.batch_size", "many"],
     ("method=ticket",): ["ticket="],
     ("method=ticket", "ticket=nowhere"): ["nowhere"],
-    ("embed_tuning.learning_rate=1e30",): ["loss", "embed_tuning", "learning_rate"],
+    ("embed_tuning.learning_rate=1e39",): ["loss", "embed_tuning", "learning_rate"],
 }
 
 for overrides, words in MISTAKES.items():
