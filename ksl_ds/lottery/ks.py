@@ -4,18 +4,25 @@
 integer k of each row and skips rows that did not change. Both work in blocks where the tensors lie and never copy them
 as a whole; every decision is made on integers, so it is the same on every device and in any partition into blocks.
 
-Legend: V tokens, D coordinates, R rows of a block, N and M sizes of the samples.
+CPUs count into buckets (buckets.py), in chunks that a core's cache holds, with `torch.get_num_threads()` threads; GPUs sort
+(kernel.py), in blocks as large as the work space allows.
+
+Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M sizes of samples that differ in size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ksl_ds.lottery.buckets import bucket_counts
 from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
 from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
 
@@ -23,8 +30,8 @@ __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalue_table", "row_counts
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
-# Bytes of work space for each byte of a block: images of both samples, a copy of the changed rows, keys and scan.
-WORKSPACE_PER_BYTE = 12
+WORKSPACE_PER_COORDINATE = 160  # bytes at most, of all intermediate results together
+CPU_CHUNK = 1 << 16  # coordinates of a sample at once on a CPU
 
 
 class KSResult(NamedTuple):
@@ -105,7 +112,7 @@ def ks_2samp(before: Tensor, after: Tensor, *, method: Method = "exact") -> KSRe
     if method not in ("exact", "asymp"):
         raise ValueError(f"method is {method!r}; it must be exact or asymp")
     shape, size_before, size_after = before.shape[:-1], before.shape[-1], after.shape[-1]
-    before_RN, after_RM = before.detach().reshape(-1, size_before), after.detach().reshape(-1, size_after)
+    before_RN, after_RM = _matrix(before), _matrix(after)
     if size_before == size_after:
         count_R = row_counts(before_RN, after_RM).long()
         pvalue_R = pvalue_table(size_before, method).to(count_R.device)[count_R]
@@ -131,7 +138,8 @@ def row_counts(
     Parameters
     ----------
     before_VD, after_VD : tensors (V, D)
-        Memory-mapped ones are read once, block by block. The dtypes may differ: values are compared exactly.
+        More leading axes count as one of their product. Memory-mapped tensors are read once, block by block. The
+        dtypes may differ: values are compared exactly.
     workspace_bytes : int
         Work space beside the two inputs and the result; at least one row is worked on at a time.
     progress : callable
@@ -142,39 +150,113 @@ def row_counts(
     Raises
     ------
     TypeError, ValueError
-        As `ks_2samp`.
+        As `ks_2samp`; NaN or infinity is found when its block is read.
     """
     _check(before_VD, after_VD)
-    num_rows, width = before_VD.shape
-    common = torch.promote_types(before_VD.dtype, after_VD.dtype)
-    block = max(1, workspace_bytes // (WORKSPACE_PER_BYTE * width * common.itemsize))
+    num_rows, width = math.prod(before_VD.shape[:-1]), before_VD.shape[-1]
+    on_cpu = before_VD.device.type == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
+    chunk = max(1, workspace_bytes // (WORKSPACE_PER_COORDINATE * width * threads))
+    if on_cpu:
+        chunk = min(chunk, max(1, CPU_CHUNK // width))
+    block = chunk * threads * (16 if on_cpu else 1)
     counts_V = torch.zeros(num_rows, dtype=torch.int32, device=before_VD.device)
-    for start in range(0, num_rows, block):
-        before_RD, after_RD = _images(before_VD, after_VD, slice(start, start + block), common, first_row)
-        changed_R = (before_RD != after_RD).any(dim=1)
-        if bool(changed_R.all()):
-            counts_V[start : start + block] = block_counts(before_RD, after_RD)
-        elif bool(changed_R.any()):
-            counts_V[start : start + block][changed_R] = block_counts(before_RD[changed_R], after_RD[changed_R])
-        if progress is not None:
-            progress(len(before_RD))
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, num_rows, block):
+            stop = min(start + block, num_rows)
+            span = -(-(stop - start) // threads)
+
+            def counts_from(first: int, stop: int = stop, span: int = span) -> Tensor:
+                rows = slice(first, min(first + span, stop))
+                if on_cpu:
+                    return _counts_on_cpu(before_VD, after_VD, rows, chunk, first_row)
+                return _counts_on_gpu(before_VD, after_VD, rows, first_row)
+
+            parts: Iterable[Tensor] = (pool.map if threads > 1 else map)(counts_from, range(start, stop, span))
+            counts_V[start:stop] = torch.cat(list(parts))
+            if progress is not None:
+                progress(stop - start)
     return counts_V
 
 
-def _images(
-    before_VN: Tensor, after_VM: Tensor, rows: slice, common: torch.dtype, first_row: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Both samples of some rows as integers that order like their values. Raises ValueError where one is not finite."""
-    images = []
-    for name, values in (("before", before_VN), ("after", after_VM)):
-        image_R = ordered(values[rows].detach().to(common))
-        bound = infinity(common)
-        if int(image_R.max()) >= bound or int(image_R.min()) <= -bound:
-            bad_R = ((image_R >= bound) | (image_R <= -bound)).any(dim=1)
-            row = first_row + rows.start + int(bad_R.nonzero()[0])
-            raise ValueError(f"row {row} of {name} holds NaN or infinity; the KS test needs finite values")
-        images.append(image_R)
-    return images[0], images[1]
+def _counts_on_cpu(before_VD: Tensor, after_VD: Tensor, rows: slice, chunk: int, first_row: int) -> Tensor:
+    """k of some rows; int32. Works in numpy, whose operations leave other threads free to run."""
+    wide = torch.float64 in (before_VD.dtype, after_VD.dtype)
+    shape = (2, min(chunk, rows.stop - rows.start), before_VD.shape[-1])
+    values_SRD = np.empty(shape, np.float64 if wide else np.float32)
+    scratch_SRD = np.empty(shape, np.int64)
+    counts_R = np.zeros(rows.stop - rows.start, np.int32)
+    for start in range(rows.start, rows.stop, chunk):
+        stop = min(start + chunk, rows.stop)
+        part_SRD = values_SRD[:, : stop - start]
+        for part_RD, values_VD in zip(part_SRD, (before_VD, after_VD), strict=True):
+            rows_RD = _rows(values_VD, start, stop)
+            part_RD[:] = (rows_RD.float() if rows_RD.dtype == torch.bfloat16 else rows_RD).numpy()
+        low_SR, high_SR = part_SRD.min(axis=2), part_SRD.max(axis=2)  # NaN where there is one
+        _check_finite(torch.from_numpy(np.isfinite(low_SR) & np.isfinite(high_SR)), first_row + start)
+        changed_R = np.flatnonzero((part_SRD[0] != part_SRD[1]).any(axis=1))
+        if len(changed_R) < stop - start:
+            part_SRD = part_SRD[:, changed_R]
+        if len(changed_R):
+            low_R, high_R = low_SR.min(axis=0)[changed_R], high_SR.max(axis=0)[changed_R]
+            counts = _changed_counts(part_SRD, low_R, high_R, scratch_SRD[:, : len(changed_R)])
+            counts_R[start - rows.start + changed_R] = counts
+    return torch.from_numpy(counts_R)
+
+
+def _changed_counts(values_SRD: NDArray[Any], low_R: Any, high_R: Any, scratch_SRD: NDArray[np.int64]) -> NDArray[Any]:
+    if values_SRD.dtype == np.float32:
+        counts_R, left_R = bucket_counts(values_SRD, low_R, high_R, scratch_SRD)
+    else:
+        counts_R, left_R = np.zeros(len(low_R), np.int64), np.ones(len(low_R), bool)
+    if left_R.any():
+        before_RD, after_RD = torch.from_numpy(values_SRD[:, left_R])
+        counts_R[left_R] = block_counts(ordered(before_RD), ordered(after_RD)).numpy()
+    return counts_R
+
+
+def _counts_on_gpu(before_VD: Tensor, after_VD: Tensor, rows: slice, first_row: int) -> Tensor:
+    """k of some rows; int32. On the tensors' device, whichever it is."""
+    before_RD, after_RD = _images(before_VD, after_VD, rows.start, rows.stop, first_row)
+    changed_R = (before_RD != after_RD).any(dim=1)
+    if bool(changed_R.all()):
+        return block_counts(before_RD, after_RD)
+    counts_R = torch.zeros(len(before_RD), dtype=torch.int32, device=before_RD.device)
+    if bool(changed_R.any()):
+        counts_R[changed_R] = block_counts(before_RD[changed_R], after_RD[changed_R])
+    return counts_R
+
+
+def _images(before_VN: Tensor, after_VM: Tensor, start: int, stop: int, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """Both samples of some rows as integers that order like their values."""
+    common = torch.promote_types(before_VN.dtype, after_VM.dtype)
+    before_RN, after_RM = (ordered(_rows(values, start, stop).to(common)) for values in (before_VN, after_VM))
+    bound = infinity(common)
+    finite_SR = torch.stack([(image.amin(1) > -bound) & (image.amax(1) < bound) for image in (before_RN, after_RM)])
+    _check_finite(finite_SR, first_row + start)
+    return before_RN, after_RM
+
+
+def _check_finite(finite_SR: Tensor, first_row: int) -> None:
+    finite_R = finite_SR.all(dim=0)
+    if not bool(finite_R.all()):
+        row = int((~finite_R).nonzero()[0])
+        name = "after" if bool(finite_SR[0, row]) else "before"
+        raise ValueError(f"row {first_row + row} of {name} holds NaN or infinity; the KS test needs finite values")
+
+
+def _matrix(values: Tensor) -> Tensor:
+    """`values` as a matrix of rows where that needs no copy, as it is where it does."""
+    return values.reshape(-1, values.shape[-1]) if values.ndim < 3 or values.is_contiguous() else values
+
+
+def _rows(values: Tensor, start: int, stop: int) -> Tensor:
+    """Rows (R, D) of a tensor of any leading shape; a copy of those rows at most."""
+    values = values.detach()
+    if values.ndim == 2:
+        return values[start:stop]
+    rows = torch.arange(start, min(stop, math.prod(values.shape[:-1])), device=values.device)
+    return values[torch.unravel_index(rows, values.shape[:-1])]
 
 
 def _check(before: Tensor, after: Tensor) -> None:
@@ -194,14 +276,13 @@ def _check(before: Tensor, after: Tensor) -> None:
 
 
 def _blocks_of_two_sizes(before_RN: Tensor, after_RM: Tensor) -> Tensor:
-    common = torch.promote_types(before_RN.dtype, after_RM.dtype)
-    width = before_RN.shape[1] + after_RM.shape[1]
-    block = max(1, WORKSPACE_BYTES // (40 * width))  # merged values, their sources and the scan
-    parts = [
-        scaled_counts(*_images(before_RN, after_RM, slice(start, start + block), common))
-        for start in range(0, len(before_RN), block)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=before_RN.device)
+    num_rows = math.prod(before_RN.shape[:-1])
+    width = before_RN.shape[-1] + after_RM.shape[-1]
+    block = max(1, WORKSPACE_BYTES // (WORKSPACE_PER_COORDINATE * width))
+    counts_R = torch.zeros(num_rows, dtype=torch.int64, device=before_RN.device)
+    for start in range(0, num_rows, block):
+        counts_R[start : start + block] = scaled_counts(*_images(before_RN, after_RM, start, start + block))
+    return counts_R
 
 
 def _pvalues_of_two_sizes(before_RN: Tensor, after_RM: Tensor, count_R: Tensor, method: Method) -> Tensor:
@@ -212,6 +293,6 @@ def _pvalues_of_two_sizes(before_RN: Tensor, after_RM: Tensor, count_R: Tensor, 
     for count in count_R.unique():
         with_count_R = count_R == count
         row = int(with_count_R.nonzero()[0])
-        samples = [values[row].double().cpu().numpy() for values in (before_RN, after_RM)]
+        samples = [_rows(values, row, row + 1)[0].double().cpu().numpy() for values in (before_RN, after_RM)]
         pvalue_R[with_count_R] = float(scipy_ks_2samp(*samples, method=method).pvalue)
     return pvalue_R
