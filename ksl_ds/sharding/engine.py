@@ -114,7 +114,7 @@ def training_engine(
     try:
         yield engine
     finally:
-        _dismantle(engine)
+        dismantle(engine)
 
 
 @contextmanager
@@ -127,13 +127,15 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Mo
     try:
         yield engine.module
     finally:
-        _dismantle(engine)
+        dismantle(engine)
 
 
-def _dismantle(engine: Any) -> None:
+def dismantle(engine: Any) -> None:
     """Frees an engine's hooks, gradients and optimizer states; the model's own weights stay."""
     for parameter in engine.module.parameters():
         parameter.grad = None
+        # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
+        parameter.__dict__.pop("_z3_optimizer", None)
     engine.destroy()
     engine.optimizer = None
     engine.module = None

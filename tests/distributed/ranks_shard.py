@@ -8,7 +8,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import measure_shift
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import sharded_shift
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import dismantle, quiet_libraries
 from ksl_ds.sharding.rows import RowShard
 
 cluster.start()
@@ -97,7 +97,9 @@ for stage in (0, 1, 2, 3):
         assert torch.equal(weights_VD[shard.start : shard.stop], before_RD), (stage, precision)
         shard.write_rows(torch.tensor([30]), torch.ones(1, 7))
         assert torch.equal(shard.read_rows(torch.tensor([30])), torch.ones(1, 7))
-        engine.destroy()
+        dismantle(engine)
+        weights_VD = whole(weight).float()
+        assert torch.equal(shard.read(), weights_VD[shard.start : shard.stop]), (stage, precision)
 
 # A row that is not finite on one rank is the same sentence on all.
 embedding = nn.Embedding(40, 4)

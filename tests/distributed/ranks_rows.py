@@ -1,0 +1,92 @@
+"""Run by test_rows.py on several ranks: rows outside the chosen ones stay bit-identical, whatever the engine does."""
+
+import itertools
+
+import deepspeed
+import torch
+from tiny import SHAPES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ksl_ds import train_only_rows
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import dismantle, quiet_libraries
+from ksl_ds.sharding.rows import RowShard
+
+cluster.start()
+quiet_libraries(False)
+VOCABULARY, STEPS, CHOSEN = 67, 50, [3, 5, 66]
+CHOSEN_MASK = torch.zeros(VOCABULARY, dtype=torch.bool)
+CHOSEN_MASK[CHOSEN] = True
+
+
+def build(tied: bool, precision: str, stage: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SHAPES["llama"], vocab_size=VOCABULARY, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
+    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if stage == 3:
+        deepspeed.zero.Init(
+            module=model, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        )  # fmt: skip
+    return model
+
+
+def train(stage, precision, tied, early, offload, steps=STEPS, whole_model=False):
+    """Rows before and after training with decay, momentum, clipping and accumulation; the norms that were logged."""
+    model = build(tied, precision, stage)
+    if not whole_model:
+        model.requires_grad_(False)
+    weight = model.get_input_embeddings().weight
+    weight.requires_grad_(True)
+    handle = train_only_rows(model, CHOSEN) if early else None
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.1,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+    }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    handle = handle or train_only_rows(engine, CHOSEN)
+    shard = RowShard(weight)
+    everything = torch.arange(VOCABULARY)
+    before_VD = shard.read_rows(everything)
+    generator = torch.Generator().manual_seed(cluster.rank())
+    for _ in range(2 * steps):
+        ids = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
+    after_VD = shard.read_rows(everything)
+    norm = engine.get_global_grad_norm()
+    handle.remove()
+    dismantle(engine)
+    weights_VD = RowShard(weight).read_rows(everything)
+    return before_VD, after_VD, weights_VD, norm
+
+
+def check(*case, **options):
+    before_VD, after_VD, weights_VD, norm = train(*case, **options)
+    moved_V = (before_VD != after_VD).any(dim=1)
+    assert torch.equal(moved_V, CHOSEN_MASK), (case, moved_V.nonzero().flatten())
+    # The copy that computes has the same rows untouched; its chosen rows are the masters, rounded.
+    precision = torch.bfloat16 if case[1] == "bf16" else torch.float32
+    assert torch.equal(weights_VD, after_VD.to(precision).float()), case
+    assert norm is None or 0 < float(norm) < 100, case
+
+
+cases = itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (True, False))
+for number, (stage, precision, tied) in enumerate(cases):
+    if stage == 0 and precision == "bf16":
+        continue  # see test_rows.py
+    check(stage, precision, tied, number % 2 == 0, offload=False, steps=STEPS if stage == 3 else 10)
+check(3, "bf16", True, False, offload=True, steps=10)
+check(2, "fp32", False, True, offload=True, steps=10)
+# Other parameters that train along, in the same group, are none of its business.
+check(3, "fp32", False, True, offload=False, steps=5, whole_model=True)
+cluster.stop()
