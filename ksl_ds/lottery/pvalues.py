@@ -26,7 +26,7 @@ def pvalue_table(num_samples: int, method: Method = "exact") -> Tensor:
     method : {'exact', 'asymp'}
         'exact' sums the Gnedenko-Korolyuk series; its relative error is below 1e-9 wherever the p-value is a normal
         float64, and p-values below the smallest one are 0. 'asymp' is what `scipy.stats.ks_2samp(method="asymp")`
-        returns.
+        returns; only for d = 1, where that is NaN, it is 1, as the exact p-value is.
 
     Returns
     -------
@@ -95,6 +95,8 @@ def _table(num_samples: int, method: Method) -> np.ndarray:
     if method == "asymp":
         from scipy.stats import kstwo
 
+        if num_samples == 1:
+            return np.ones(2)
         # scipy rounds n m / (n + m) = d / 2 to an integer first.
         table = kstwo.sf(np.arange(num_samples + 1) / num_samples, np.round(num_samples / 2))
         return np.clip(table, 0, 1)
