@@ -115,6 +115,12 @@ class Prefix(Tuning):
 
 
 @dataclass
+class Settled:
+    overlap: float = key(0.95, "least Jaccard overlap of a draw's ticket with the one before")
+    draws: int = key(3, "draws in a row that must overlap so much")
+
+
+@dataclass
 class Draw:
     selection: Literal[
         "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio"
@@ -124,6 +130,10 @@ class Draw:
         "exact", "p-value: exact, or asymp as scipy and replications of the paper use"
     )
     top_k: int = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
+    every: Optional[int] = key(None, "draw every so many steps of embed tuning too, to watch the ticket settle")
+    stop_when_settled: Optional[Settled] = key(
+        None, "end embed tuning when the ticket has settled, such as {overlap: 0.95, draws: 3}; needs draw.every"
+    )
 
 
 @dataclass
@@ -308,6 +318,7 @@ def check_recipe(recipe: Recipe) -> None:
         "text.max_valid_pairs": text.max_valid_pairs,
         "text.max_test_pairs": text.max_test_pairs,
         "draw.top_k": draw.top_k,
+        "draw.every": draw.every,
         "evaluation.batch_size": recipe.evaluation.batch_size,
         "evaluation.num_beams": recipe.evaluation.num_beams,
         "evaluation.max_new_tokens": recipe.evaluation.max_new_tokens,
@@ -328,6 +339,14 @@ def check_recipe(recipe: Recipe) -> None:
     if training.clip < 0:
         raise UserError(f"training.clip is {training.clip}; it must not be negative (0 switches clipping off)")
     check_alpha(draw.alpha, "draw.alpha")
+    settled = draw.stop_when_settled
+    if settled is not None and draw.every is None:
+        raise UserError("draw.stop_when_settled needs draw.every, the number of steps between two draws")
+    if settled is not None and not (0 < settled.overlap <= 1 and settled.draws >= 1):
+        raise UserError(
+            f"draw.stop_when_settled has overlap {settled.overlap} and draws {settled.draws}; overlap lies above 0 and up "
+            "to 1, draws is at least 1"
+        )
 
 
 def check_alpha(alpha: float, name: str) -> None:

@@ -15,7 +15,7 @@ from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.model.folder import token_strings, write_model_with_rows
 from ksl_ds.model.rows import train_only_rows
 from ksl_ds.sharding import cluster
-from ksl_ds.sharding.draw import draw_from_shard
+from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluate import evaluate_stage
 from ksl_ds.training.loop import train
@@ -32,6 +32,7 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
     hence while the engine lives.
     """
     embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
+    frequency_V = token_frequency(run)
 
     def at_end() -> tuple[Shift, Ticket]:
         save_embedding(run, shard, run.dir / "checkpoints" / "embed_tuning")
@@ -40,7 +41,7 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
             before_RD,
             recipe.draw,
             seed=recipe.seed,
-            frequency_V=token_frequency(run),
+            frequency_V=frequency_V,
             tokens=token_strings(run.tokenizer, range(shard.num_rows)),
             embedding_scope=recipe.model.embedding_scope,
             source={"stage": "embed_tuning", "base": recipe.model.path},
@@ -53,7 +54,12 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
         stage="embed_tuning",
         tuning=recipe.embed_tuning,
         at_end=at_end,
+        after_step=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
     )
+    if outcome.steps < outcome.planned_steps:
+        cluster.say(
+            f"embed tuning ended after {outcome.steps} of {outcome.planned_steps} steps: the ticket had settled"
+        )
     evaluate_stage(run, "embed_tuning", trained_parameters=numel(embedding), outcome=outcome)
     return drawn
 

@@ -6,11 +6,13 @@ Legend: V tokens, D coordinates, R rows of this rank, K drawn rows.
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, make_ticket, measure_shift
 from ksl_ds.recipe import Draw
 from ksl_ds.sharding import cluster
@@ -70,15 +72,7 @@ def draw_from_shard(
 ) -> tuple[Shift, Ticket]:
     """Tests, chooses rows and reads them: the shift of all tokens and the ticket, perhaps an empty one, on every rank."""
     shift = sharded_shift(shard, before_RD)
-    ids_K = choose_rows(
-        shift,
-        selection=draw.selection,
-        alpha=draw.alpha,
-        method=draw.method,
-        top_k=draw.top_k,
-        seed=seed,
-        frequency_V=frequency_V,
-    )
+    ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
     rows_KD = shard.read_rows(ids_K)
     return shift, make_ticket(
         shift,
@@ -94,9 +88,69 @@ def draw_from_shard(
     )
 
 
+def ids_of_draw(shift: Shift, draw: Draw, *, seed: int, frequency_V: Tensor) -> Tensor:
+    """The rows that a recipe's `draw` chooses, int64 (K,). Raises UserError for a rule that cannot be followed."""
+    try:
+        return choose_rows(
+            shift,
+            selection=draw.selection,
+            alpha=draw.alpha,
+            method=draw.method,
+            top_k=draw.top_k,
+            seed=seed,
+            frequency_V=frequency_V,
+        )
+    except ValueError as error:
+        raise UserError(f"draw: {error}") from None
+
+
 def before_rows(shard: RowShard, before_RD: Tensor, ids_K: Tensor) -> Tensor:
     """Rows `ids_K` of the snapshot: float32 (K, D) on every rank."""
     rows_KD = torch.zeros(len(ids_K), shard.row_length, dtype=torch.int32)
     mine_K = (ids_K >= shard.start) & (ids_K < shard.stop)
     rows_KD[mine_K] = before_RD[ids_K[mine_K] - shard.start].view(torch.int32)
     return cluster.all_reduce(rows_KD.to(cluster.device())).cpu().view(torch.float32)
+
+
+class DrawMonitor:
+    """Draws while embed tuning goes on, and says when the ticket has settled. It reads only: training is not disturbed.
+
+    Parameters
+    ----------
+    shard, before_RD : the embedding, and this rank's rows of it before training
+    draw : how to choose rows, how often to look, and when to stop
+    seed, frequency_V : as for `draw_from_shard`
+    """
+
+    def __init__(self, shard: RowShard, before_RD: Tensor, draw: Draw, *, seed: int, frequency_V: Tensor):
+        self._shard, self._before_RD, self._draw = shard, before_RD, draw
+        self._seed, self._frequency_V = seed, frequency_V
+        self._last: set[int] = set()
+        self._settled_draws = 0
+        self._watched_since = time.perf_counter()
+
+    def __call__(self, step: int) -> tuple[dict[str, Any], bool]:
+        """What the draw after `step` found, for the log, and whether the ticket has settled; nothing between draws."""
+        if self._draw.every is None or step % self._draw.every:
+            return {}, False
+        started = time.perf_counter()
+        shift = sharded_shift(self._shard, self._before_RD)
+        ids_K = ids_of_draw(shift, self._draw, seed=self._seed, frequency_V=self._frequency_V)
+        ticket = set(ids_K.tolist())
+        overlap = len(ticket & self._last) / len(ticket | self._last) if ticket | self._last else 0.0
+        self._last = ticket
+        settled = self._draw.stop_when_settled
+        if settled is not None:
+            self._settled_draws = self._settled_draws + 1 if overlap >= settled.overlap else 0
+        statistic_V = shift.count_V.double() / shift.num_samples
+        ended = time.perf_counter()
+        numbers = {
+            "ticket_size": len(ticket),
+            "ticket_overlap": overlap,
+            "largest_statistic": float(statistic_V.max()),
+            **{f"statistic_quantile_{q}": float(statistic_V.quantile(q)) for q in (0.5, 0.9, 0.99, 0.999)},
+            "draw_seconds": ended - started,
+            "draw_share": (ended - started) / (ended - self._watched_since),
+        }
+        self._watched_since = ended
+        return numbers, settled is not None and self._settled_draws >= settled.draws

@@ -62,6 +62,7 @@ def evaluate_stage(run: Run, stage: str, *, trained_parameters: int, outcome: Tr
         "test_loss": loss,
         **asdict(cluster.from_main(scores)),
         "steps": outcome.steps if outcome else 0,
+        "planned_steps": outcome.planned_steps if outcome else 0,
         "valid_loss": outcome.valid_loss if outcome else None,
         "seconds": outcome.seconds if outcome else 0.0,
         "evaluation_seconds": time.perf_counter() - started,

@@ -24,8 +24,8 @@ from ksl_ds.training.loss import can_keep_logits, corpus_loss, response_nll
 from ksl_ds.training.run import Run
 
 Result = TypeVar("Result")
-# After a step: its number and learning rate; True ends the training.
-AfterStep = Callable[[int, float], bool]
+# After a step, called with its number: what to log beside its loss, and whether training ends here.
+AfterStep = Callable[[int], tuple[dict[str, Any], bool]]
 
 
 @dataclass
@@ -118,14 +118,13 @@ def train(
             batch_tokens = sum(len(example.prompt_ids) + len(example.response_ids) for example in global_batch)
             outcome.steps, outcome.tokens = step + 1, outcome.tokens + batch_tokens
             outcome.losses.append(loss_value)
-            numbers: dict[str, Any] = {}
+            seconds = time.perf_counter() - step_started
             last = step + 1 == outcome.planned_steps
-            stop = after_step is not None and after_step(step + 1, learning_rate)
+            numbers, stop = after_step(step + 1) if after_step is not None else ({}, False)
             if valid and (last or stop or (training.valid_every and (step + 1) % training.valid_every == 0)):
                 outcome.valid_loss = corpus_loss(engine, model, valid, pad_id, training.micro_batch_size)
                 numbers["valid_loss"] = outcome.valid_loss
-            if (step + 1) % training.log_every == 0 or last or stop:
-                seconds = time.perf_counter() - step_started
+            if (step + 1) % training.log_every == 0 or numbers or last or stop:
                 norm = engine.get_global_grad_norm()
                 tracker.log(
                     stage,

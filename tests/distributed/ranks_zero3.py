@@ -1,10 +1,13 @@
-"""Run by test_lottery.py on several ranks: what a rank holds during training."""
+"""Run by test_lottery.py on several ranks: what a rank holds during training, and draws that do not disturb it."""
 
-from pathlib import Path
+import torch
 
-from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.commands.stages import token_frequency
+from ksl_ds.recipe import Draw, Recipe, Settled, load_recipe
 from ksl_ds.sharding import cluster
+from ksl_ds.sharding.draw import DrawMonitor
 from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.loop import train
 from ksl_ds.training.run import open_run
 
@@ -13,25 +16,52 @@ quiet_libraries(False)
 recipe = load_recipe(Recipe, "recipe.yaml", ["run_dir=zero3"])
 with open_run(recipe) as run:
     embedding = run.model.get_input_embeddings().weight
+    shard = RowShard(embedding)
+    base_RD = shard.read()
     held = []
 
-    def count(step: int, learning_rate: float) -> bool:
+    def count(step: int) -> tuple[dict, bool]:
         """Elements that this rank holds between two steps."""
         parameters = list(run.model.parameters())
         held.append(sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in parameters))
-        return False
+        return {}, False
 
     def states() -> int:
         optimizer = embedding._z3_optimizer
         return sum(state["exp_avg"].numel() for state in optimizer.optimizer.state.values())
 
-    _, moments = train(
-        run, [embedding], stage="embed_tuning", tuning=recipe.embed_tuning, at_end=states, after_step=count
-    )
+    def tune(after_step, at_end):
+        shard.write(base_RD)
+        return train(
+            run, [embedding], stage="embed_tuning", tuning=recipe.embed_tuning, at_end=at_end, after_step=after_step
+        )
+
+    plain, moments = tune(count, states)
     total = sum(parameter.ds_numel for parameter in run.model.parameters())
     share = total / cluster.world_size()
     assert len(held) == 6
     assert all(share <= elements <= 1.01 * share for elements in held), (held, share)
     assert moments == embedding.ds_numel / cluster.world_size(), moments
-assert Path("zero3/metrics.jsonl").exists()
+
+    # Draws at every step: the same losses to the bit, and the last ticket is the one of a draw at the end.
+    def monitor(**settings) -> DrawMonitor:
+        draw = Draw(selection="top_k", top_k=9, every=1, **settings)
+        return DrawMonitor(shard, base_RD, draw, seed=0, frequency_V=token_frequency(run))
+
+    seen = []
+    watching = monitor()
+
+    def watch(step: int) -> tuple[dict, bool]:
+        numbers, stop = watching(step)
+        seen.append(numbers)
+        return numbers, stop
+
+    watched, rows_RD = tune(watch, shard.read)
+    assert watched.losses == plain.losses
+    assert [numbers["ticket_size"] for numbers in seen][1:] == [9] * 5  # the first step has learning rate 0
+    assert all(0 <= numbers["ticket_overlap"] <= 1 and numbers["draw_seconds"] > 0 for numbers in seen)
+    assert not torch.equal(rows_RD, base_RD)
+
+    settled, _ = tune(monitor(stop_when_settled=Settled(overlap=0.01, draws=2)), lambda: None)
+    assert settled.steps < settled.planned_steps and settled.losses == plain.losses[: settled.steps]
 cluster.stop()
