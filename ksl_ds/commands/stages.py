@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, Ticket
-from ksl_ds.model.folder import token_strings, write_model_with_rows
+from ksl_ds.model.adapters import save_adapter, with_adapter
+from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
 from ksl_ds.model.rows import train_only_rows
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard
@@ -88,6 +89,39 @@ def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> None:
     evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome)
 
 
+def tune_all(run: Run) -> None:
+    """Full tuning: every parameter trains. Leaves a model folder in `checkpoints/full_tuning`."""
+    parameters = list(run.model.parameters())
+    cluster.reset_peak_memory()
+    outcome, _ = train(
+        run,
+        parameters,
+        stage="full_tuning",
+        tuning=run.recipe.full_tuning,
+        at_end=lambda: save_model(run, run.dir / "checkpoints" / "full_tuning"),
+    )
+    evaluate_stage(run, "full_tuning", trained_parameters=sum(map(numel, parameters)), outcome=outcome)
+
+
+def tune_adapter(run: Run) -> None:
+    """LoRA or prefix tuning by PEFT. Leaves PEFT's adapter folder in `checkpoints/`."""
+    recipe = run.recipe
+    stage = {"lora": "lora", "prefix": "prefix_tuning"}[recipe.method]
+    with cluster.together():
+        run.model = with_adapter(run.model, recipe)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    trained_parameters = sum(map(numel, parameters))
+    cluster.reset_peak_memory()
+    outcome, _ = train(
+        run,
+        parameters,
+        stage=stage,
+        tuning=getattr(recipe, recipe.method),
+        at_end=lambda: save_adapter(run.model, run.dir / "checkpoints" / stage),
+    )
+    evaluate_stage(run, stage, trained_parameters=trained_parameters, outcome=outcome)
+
+
 def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
     """A ticket folder, checked against the run's model on every rank."""
     with cluster.together():
@@ -120,6 +154,22 @@ def save_embedding(run: Run, shard: RowShard, out: Path) -> None:
             out.parent.mkdir(exist_ok=True)
             rows_VD = torch.cat(blocks_KD)
             write_model_with_rows(run.folder, out, list(range(len(rows_VD))), rows_VD, run.recipe.model.embedding_scope)
+
+
+def save_model(run: Run, out: Path) -> None:
+    """Writes the model as it stands: rank 0 gathers tensor by tensor and holds them in host memory while it writes."""
+    import deepspeed
+
+    tensors = {}
+    for name, parameter in run.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+            if cluster.is_main():
+                tensors[run.folder.stored_name(name) or run.folder.new_name(name)] = parameter.detach().cpu().clone()
+    untied = run.folder.tied and not run.model.config.tie_word_embeddings
+    with cluster.together():
+        if cluster.is_main():
+            out.parent.mkdir(exist_ok=True)
+            write_model(run.folder, out, tensors, {"tie_word_embeddings": False} if untied else None)
 
 
 def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ksl_ds.commands.stages import load_ticket, tune_embedding, tune_ticket
+from ksl_ds.commands.stages import load_ticket, tune_adapter, tune_all, tune_embedding, tune_ticket
 from ksl_ds.commands.summary import show_stages
 from ksl_ds.errors import UserError
 from ksl_ds.recipe import Recipe
@@ -20,6 +20,10 @@ def run(recipe: Recipe) -> None:
         shard = RowShard(run.model.get_input_embeddings().weight)
         if recipe.method == "embed":
             tune_embedding(run, shard, shard.read())
-        else:
+        elif recipe.method == "full":
+            tune_all(run)
+        elif recipe.method == "ticket" and recipe.ticket is not None:
             tune_ticket(run, shard, load_ticket(run, shard, recipe.ticket))
+        else:
+            tune_adapter(run)
         show_stages(run)

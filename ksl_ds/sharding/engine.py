@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -168,3 +169,5 @@ def quiet_libraries(verbose: bool) -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # DeepSpeed and PEFT call torch and transformers by names that these are about to change: nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import launch, run, succeeds
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import SENTENCES, make_model_folder, write_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ksl_ds.text.corpus import Pair
+from ksl_ds.text.prompt import Prompt
+from ksl_ds.training.loss import corpus_loss
 
 HERE = Path(__file__).parent
 
@@ -145,6 +151,31 @@ def test_losses_do_not_depend_on_the_number_of_ranks(job):
 def test_ranks_hold_their_part_only(job):
     """While ZeRO-3 trains, a rank holds 1/ranks of the weights and of the optimizer's states."""
     succeeds(launch(2, HERE / "ranks_zero3.py", cwd=job))
+
+
+def test_other_methods_leave_what_others_load(job):
+    """full, lora and prefix on the same loop; transformers and PEFT load what they leave and see the same loss."""
+    succeeds(launch(2, HERE / "ranks_methods.py", cwd=job))
+    pairs = [json.loads(line) for line in (job / "pairs.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(job / "model")
+    prompt = Prompt("plain", "English", "French", tokenizer)
+    examples = [prompt.encode(Pair(pair["source"], pair["target"])) for pair in pairs]
+    losses_of = {}
+    for method, stage in {"full": "full_tuning", "lora": "lora", "prefix": "prefix_tuning"}.items():
+        results = json.loads((job / method / "results.json").read_text())["stages"][stage]
+        out = job / method / "checkpoints" / stage
+        if method == "full":
+            model = AutoModelForCausalLM.from_pretrained(out)
+            assert not model.config.tie_word_embeddings
+        else:
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job / "model"), out)
+        model.eval()
+        loss = corpus_loss(model, model, examples, 0, 4)
+        assert loss == pytest.approx(results["test_loss"], rel=1e-4), method
+        losses_of[method] = losses(job / method, stage)
+        assert losses_of[method][-1] < losses_of[method][0]
+        trained = {"full": 24096, "lora": 1792, "prefix": 256}[method]
+        assert results["trained_parameters"] == trained
 
 
 def test_mistakes_are_one_sentence_on_every_rank(job):
