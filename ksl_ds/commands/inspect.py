@@ -6,15 +6,21 @@ import argparse
 
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket
+from ksl_ds.model.published import published_ids, published_pieces
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 
 
 def run(words: list[str]) -> None:
-    """`ksl-ds inspect TICKET [OTHER] [--limit N]`."""
+    """`ksl-ds inspect TICKET [OTHER] [--published DIRECTION] [--limit N]`."""
     parser = argparse.ArgumentParser(prog="ksl-ds inspect", description=__doc__)
     parser.add_argument("ticket", help="ticket folder")
     parser.add_argument("other", nargs="?", help="second ticket folder, to compare with")
     parser.add_argument("--limit", type=int, help="show at most so many tokens, those of largest D")
+    parser.add_argument(
+        "--published",
+        metavar="DIRECTION",
+        help="compare with a published LLaMA ticket: en-ca, en-es, en-pt, en-ro, ...",
+    )
     arguments = parser.parse_args(words)
     ticket = load(arguments.ticket)
     show(ticket, arguments.ticket, arguments.limit)
@@ -22,6 +28,8 @@ def run(words: list[str]) -> None:
         other = load(arguments.other)
         show(other, arguments.other, arguments.limit)
         print("\n".join(comparison(ticket, other)))
+    if arguments.published is not None:
+        print(against_published(ticket, arguments.published))
 
 
 def load(path: str) -> Ticket:
@@ -33,7 +41,13 @@ def load(path: str) -> Ticket:
 
 def show(ticket: Ticket, path: str, limit: int | None) -> None:
     rows = ticket_rows(
-        ticket.token_ids, ticket.tokens, ticket.count, ticket.statistic, ticket.pvalue, ticket.shift_ratio
+        ticket.token_ids,
+        ticket.tokens,
+        ticket.count,
+        ticket.statistic,
+        ticket.pvalue,
+        ticket.shift_ratio,
+        ticket.source.get("train_frequency"),
     )
     title = (
         f"{path}: {len(ticket):,} of {ticket.vocab_size:,} rows (selection {ticket.selection}, alpha {ticket.alpha}, "
@@ -58,3 +72,22 @@ def comparison(ticket: Ticket, other: Ticket) -> list[str]:
         f"k differs for {differing:,} of {ticket.vocab_size:,} tokens"
         + (f", by {furthest} at most." if differing else "."),
     ]
+
+
+def against_published(ticket: Ticket, direction: str) -> str:
+    """How a ticket of LLaMA compares with the published one. Raises UserError for another tokenizer's."""
+    ids = published_ids(direction)
+    pieces = dict(zip(ticket.token_ids, ticket.tokens, strict=True))
+    strangers = [
+        f"{number} is {pieces[number]!r}, not {piece!r}"
+        for number, piece in published_pieces().items()
+        if pieces.get(number, piece) not in (piece, "")
+    ]
+    if ticket.vocab_size < max(ids) or strangers:
+        reason = strangers[0] if strangers else f"it has {ticket.vocab_size} tokens"
+        raise UserError(f"the ticket is not of LLaMA-1's tokenizer ({reason}), so no published ticket compares with it")
+    both = set(ids) & set(ticket.token_ids)
+    return (
+        f"Published for {direction}: {len(ids)} rows, {len(both)} of them in this ticket of {len(ticket)}; missing here: "
+        f"{' '.join(map(str, sorted(set(ids) - both))) or 'none'}."
+    )

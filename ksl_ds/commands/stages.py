@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError
-from ksl_ds.lottery.ticket import Shift, Ticket
+from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.model.adapters import save_adapter, with_adapter
 from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
+from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.rows import train_only_rows
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard
@@ -123,7 +124,10 @@ def tune_adapter(run: Run) -> None:
 
 
 def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
-    """A ticket folder, checked against the run's model on every rank."""
+    """A ticket folder, or `published:en-ca`, checked against the run's model on every rank."""
+    name, is_published, direction = path.partition("published:")
+    if is_published and not name:
+        return published_ticket(run, shard, direction)
     with cluster.together():
         try:
             ticket = Ticket.load(path)
@@ -137,6 +141,27 @@ def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
         except ValueError as error:
             raise UserError(f"ticket {path}: {error}") from None
     return ticket
+
+
+def published_ticket(run: Run, shard: RowShard, direction: str) -> Ticket:
+    """A published choice of rows with the base model's values, to be trained. Nothing was tested: every k is 0."""
+    with cluster.together():
+        ids = published_ids(direction)
+        check_tokenizer_is_llama1(run.tokenizer)
+    untested_V = torch.zeros(shard.num_rows)
+    base_KD = shard.read_rows(torch.tensor(ids))
+    return make_ticket(
+        Shift(untested_V.int(), untested_V, untested_V, shard.row_length, "untested"),
+        torch.tensor(ids),
+        base_KD,
+        base_KD,
+        selection=f"published:{direction}",
+        alpha=0.05,
+        method="asymp",
+        tokens=token_strings(run.tokenizer, ids),
+        embedding_scope=run.recipe.model.embedding_scope,
+        source={"stage": "published", "direction": direction},
+    )
 
 
 def save_embedding(run: Run, shard: RowShard, out: Path) -> None:

@@ -19,8 +19,10 @@ from ksl_ds.sharding import cluster
 from ksl_ds.sharding.rows import RowShard, Traffic
 
 
-def sharded_shift(shard: RowShard, before_RD: Tensor) -> Shift:
+def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -> Shift:
     """The KS test of all rows against what they were before, the same on every rank.
+
+    One integer a token travels, and with `lengths` how far its row moved, which no decision of the method needs.
 
     Raises
     ------
@@ -34,13 +36,16 @@ def sharded_shift(shard: RowShard, before_RD: Tensor) -> Shift:
         message = f"embedding after tuning: {error}"
     cluster.raise_together(message)
     assert own is not None
-    return gather_shift(own, shard.start, shard.num_rows, shard.traffic)
+    return gather_shift(own, shard.start, shard.num_rows, shard.traffic, lengths=lengths)
 
 
-def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic | None = None) -> Shift:
+def gather_shift(
+    own: Shift, start: int, num_rows: int, traffic: Traffic | None = None, *, lengths: bool = True
+) -> Shift:
     """One Shift of all `num_rows` rows from each rank's own, which begin at row `start`: the same on every rank.
 
-    One integer and two floats a token travel. Raises RuntimeError should the ranks disagree about what they received.
+    Without `lengths` the shift norms and ratios are NaN. Raises RuntimeError should the ranks disagree about what they
+    received.
     """
 
     def everywhere(values_R: Tensor) -> Tensor:
@@ -54,9 +59,11 @@ def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic | None 
     digest = hashlib.sha256(count_V.numpy().tobytes()).hexdigest()
     if len(set(cluster.gather_objects(digest))) > 1:
         raise RuntimeError("the ranks disagree about the KS counts: a collective returned different values")
-    return Shift(
-        count_V, everywhere(own.shift_norm_V), everywhere(own.shift_ratio_V), own.num_samples, own.tested_dtype
+    unknown_V = torch.full((num_rows,), torch.nan)
+    norm_V, ratio_V = (
+        (everywhere(own.shift_norm_V), everywhere(own.shift_ratio_V)) if lengths else (unknown_V, unknown_V)
     )
+    return Shift(count_V, norm_V, ratio_V, own.num_samples, own.tested_dtype)
 
 
 def draw_from_shard(
@@ -74,6 +81,7 @@ def draw_from_shard(
     shift = sharded_shift(shard, before_RD)
     ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
     rows_KD = shard.read_rows(ids_K)
+    source = {**source, "train_frequency": frequency_V[ids_K].tolist()}
     return shift, make_ticket(
         shift,
         ids_K,
@@ -133,8 +141,9 @@ class DrawMonitor:
         """What the draw after `step` found, for the log, and whether the ticket has settled; nothing between draws."""
         if self._draw.every is None or step % self._draw.every:
             return {}, False
-        started = time.perf_counter()
-        shift = sharded_shift(self._shard, self._before_RD)
+        started, sent = time.perf_counter(), self._shard.traffic.sent
+        lengths = self._draw.selection in ("shift_norm", "shift_ratio")
+        shift = sharded_shift(self._shard, self._before_RD, lengths=lengths)
         ids_K = ids_of_draw(shift, self._draw, seed=self._seed, frequency_V=self._frequency_V)
         ticket = set(ids_K.tolist())
         overlap = len(ticket & self._last) / len(ticket | self._last) if ticket | self._last else 0.0
@@ -150,6 +159,7 @@ class DrawMonitor:
             "largest_statistic": float(statistic_V.max()),
             **{f"statistic_quantile_{q}": float(statistic_V.quantile(q)) for q in (0.5, 0.9, 0.99, 0.999)},
             "draw_seconds": ended - started,
+            "draw_bytes_sent": self._shard.traffic.sent - sent,
             "draw_share": (ended - started) / (ended - self._watched_since),
         }
         self._watched_since = ended

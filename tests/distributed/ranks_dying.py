@@ -1,0 +1,25 @@
+"""Run by test_shard.py on several ranks: rank 1 is killed in the middle of a draw."""
+
+import os
+import signal
+from datetime import timedelta
+
+import deepspeed
+from torch import nn
+
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.draw import sharded_shift
+from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.rows import RowShard
+
+cluster.start(timeout=timedelta(seconds=60))
+quiet_libraries(False)
+embedding = nn.Embedding(101, 7)
+deepspeed.zero.Init(
+    module=embedding, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+)
+shard = RowShard(embedding.weight)
+before_RD = shard.read()
+if cluster.rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+sharded_shift(shard, before_RD)
