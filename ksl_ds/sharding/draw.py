@@ -18,6 +18,8 @@ from ksl_ds.recipe import Draw
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.rows import RowShard, Traffic
 
+BLOCK_BYTES = 64 << 20  # of rows that are tested at once
+
 
 def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -> Shift:
     """The KS test of all rows against what they were before, the same on every rank.
@@ -29,13 +31,20 @@ def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -
     UserError
         On every rank, for a row that is not finite, naming the token.
     """
-    message, own = None, None
-    try:
-        own = measure_shift(before_RD, shard.read(), first_row=shard.start)
-    except ValueError as error:
-        message = f"embedding after tuning: {error}"
+    message = None
+    count_R = torch.zeros(len(before_RD), dtype=torch.int32)
+    norm_R, ratio_R = torch.zeros(len(before_RD)), torch.zeros(len(before_RD))
+    for first, after_BD in shard.blocks(max(1, BLOCK_BYTES // (4 * shard.row_length))):
+        rows = slice(first - shard.start, first - shard.start + len(after_BD))
+        try:
+            # Where the weights are: the snapshot's block goes to them.
+            block = measure_shift(before_RD[rows].to(after_BD.device), after_BD, first_row=first)
+        except ValueError as error:
+            message = f"embedding after tuning: {error}"
+            break
+        count_R[rows], norm_R[rows], ratio_R[rows] = block.count_V, block.shift_norm_V, block.shift_ratio_V
     cluster.raise_together(message)
-    assert own is not None
+    own = Shift(count_R, norm_R, ratio_R, shard.row_length, "float32")
     return gather_shift(own, shard.start, shard.num_rows, shard.traffic, lengths=lengths)
 
 

@@ -10,6 +10,7 @@ flattened matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +82,25 @@ class RowShard:
 
     def read(self) -> Tensor:
         """A copy of this rank's whole rows, float32 (R, D), in host memory."""
+        rows_RD = torch.empty(self.stop - self.start, self.row_length)
+        for first, block_BD in self.blocks(max(1, len(rows_RD))):
+            rows_RD[first - self.start : first - self.start + len(block_BD)] = block_BD
+        return rows_RD
+
+    def blocks(self, num_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """This rank's rows, at most `num_rows` at once: the number of the first, and the rows, where they lie.
+
+        Blocks may be live views of the weights; copy what shall stay. The pieces of broken rows travel when the first
+        block is asked for.
+        """
         parts = self._parts()
         if parts is None:
-            return self._parameter.detach()[self.start : self.stop].to("cpu", torch.float32, copy=True)
+            weight_VD = self._parameter.detach()
+            for first in range(self.start, self.stop, num_rows):
+                yield first, weight_VD[first : min(first + num_rows, self.stop)]
+            return
         flat, held = self._local(parts)
         own = Span(self.start * self.row_length, self.stop * self.row_length)
-        rows = torch.empty(own.size, dtype=torch.float32)
-        kept = held & own
-        rows[kept.start - own.start : kept.stop - own.start] = flat[
-            kept.start - held.start : kept.stop - held.start
-        ].cpu()
         moves = travelling(parts, self._rows, self.row_length)
         outgoing = {
             owner: flat[span.start - held.start : span.stop - held.start]
@@ -98,10 +108,39 @@ class RowShard:
             if holder == cluster.rank()
         }
         incoming = {holder: span for (holder, owner), span in moves.items() if owner == cluster.rank()}
-        for holder, piece in self._exchange(outgoing, {rank: span.size for rank, span in incoming.items()}).items():
-            span = incoming[holder]
-            rows[span.start - own.start : span.stop - own.start] = piece.cpu()
-        return rows.view(-1, self.row_length)
+        pieces = self._exchange(outgoing, {rank: span.size for rank, span in incoming.items()})
+        # Rows that lie here as a whole, then those that had to be put together: under ZeRO-3 the last one at most.
+        here = held & own
+        first_whole, end_whole = (
+            -(-here.start // self.row_length),
+            max(-(-here.start // self.row_length), here.stop // self.row_length),
+        )
+        for first in range(first_whole, end_whole, num_rows):
+            stop = min(first + num_rows, end_whole)
+            yield (
+                first,
+                flat[first * self.row_length - held.start : stop * self.row_length - held.start].view(
+                    -1, self.row_length
+                ),
+            )
+        for rows in (Span(self.start, min(first_whole, self.stop)), Span(max(end_whole, self.start), self.stop)):
+            if rows.size <= 0:
+                continue
+            wanted = Span(rows.start * self.row_length, rows.stop * self.row_length)
+            values = torch.empty(wanted.size, dtype=torch.float32, device=cluster.device())
+            local = held & wanted
+            values[local.start - wanted.start : local.stop - wanted.start] = flat[
+                local.start - held.start : local.stop - held.start
+            ]
+            for holder, piece in pieces.items():
+                span = incoming[holder] & wanted
+                offset = incoming[holder].start
+                values[span.start - wanted.start : span.stop - wanted.start] = piece[
+                    span.start - offset : span.stop - offset
+                ]
+            yield from zip(
+                range(rows.start, rows.stop, num_rows), values.view(-1, self.row_length).split(num_rows), strict=True
+            )
 
     def write(self, rows_RD: Tensor) -> None:
         """Puts this rank's rows back, into the fp32 masters and into the weights that compute."""
