@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,22 +38,25 @@ class Example:
 
 
 def encode_corpus(corpus: Corpus, prompt: Prompt, max_length: int) -> tuple[list[Example], dict[str, int]]:
-    """Token ids of all pairs of at most `max_length` tokens, and how many were longer.
+    """Token ids of all pairs of at most `max_length` tokens, and how many were longer; these leave the corpus too.
+
+    So losses and translations of a held-out text are of the same pairs.
 
     Raises
     ------
     UserError
         When all are longer.
     """
-    examples = [prompt.encode(pair) for pair in corpus.pairs]
-    fitting = [example for example in examples if len(example) <= max_length]
-    if not fitting:
+    examples = prompt.encode(corpus.pairs)
+    fits = [len(example) <= max_length for example in examples]
+    if not any(fits):
         raise UserError(
             f"{corpus.name}: all {len(examples)} pairs are longer than text.max_length={max_length} tokens, prompt "
             f"included; the shortest has {min(map(len, examples))}"
         )
-    dropped = len(examples) - len(fitting)
-    return fitting, {f"longer than {max_length} tokens": dropped} if dropped else {}
+    dropped = fits.count(False)
+    corpus.pairs = list(compress(corpus.pairs, fits))
+    return list(compress(examples, fits)), {f"longer than {max_length} tokens": dropped} if dropped else {}
 
 
 def response_tokens(examples: list[Example]) -> int:
