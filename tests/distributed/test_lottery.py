@@ -159,7 +159,7 @@ def test_other_methods_leave_what_others_load(job):
     pairs = [json.loads(line) for line in (job / "pairs.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(job / "model")
     prompt = Prompt("plain", "English", "French", tokenizer)
-    examples = [prompt.encode(Pair(pair["source"], pair["target"])) for pair in pairs]
+    examples = prompt.encode([Pair(pair["source"], pair["target"]) for pair in pairs])
     losses_of = {}
     for method, stage in {"full": "full_tuning", "lora": "lora", "prefix": "prefix_tuning"}.items():
         results = json.loads((job / method / "results.json").read_text())["stages"][stage]
