@@ -1,16 +1,22 @@
 """Scores of translations by sacrebleu, with what a single BLEU hides: the first line alone, stopping, length.
 
-A hypothesis is one line: line breaks within it become spaces, in the score and in the files alike, so that `sacrebleu` run by
-hand on the files gives the printed score.
+A hypothesis is one line: line breaks and tabs within it become spaces, in the score and in the files alike, so that
+`sacrebleu` run by hand on the files gives the printed score.
 """
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ksl_ds.errors import UserError
 from ksl_ds.report.tracking import write_text
+from ksl_ds.text.corpus import one_line
+
+DOWNLOAD_SECONDS = 30.0  # without an answer, for the model of a tokenizer: the other ranks wait
 
 
 @dataclass
@@ -35,26 +41,35 @@ def check_tokenizer(tokenize: str) -> None:
         For an unknown tokenizer, or one whose model cannot be fetched.
     """
     from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.utils import SACREBLEU_DIR
 
     if tokenize not in BLEU.TOKENIZERS:
         raise UserError(f"evaluation.tokenize is {tokenize!r}; sacrebleu has {', '.join(sorted(BLEU.TOKENIZERS))}")
     try:
-        BLEU(tokenize=tokenize).corpus_score(["a"], [["a"]])
-    except Exception as error:  # the network's, sentencepiece's and MeCab's own kinds
+        with _patience(DOWNLOAD_SECONDS):
+            BLEU(tokenize=tokenize).corpus_score(["a"], [["a"]])
+    # The network's, sentencepiece's and MeCab's own kinds; sacrebleu exits after some failed downloads.
+    except (Exception, SystemExit) as error:
         raise UserError(
-            f"sacrebleu cannot set up the tokenizer {tokenize}: {' '.join(str(error).split())[:200]}; put its model into "
-            "~/.sacrebleu/models beforehand, or use evaluation.tokenize=13a"
+            f"sacrebleu cannot set up evaluation.tokenize={tokenize}: {one_line(str(error))[:200]}; put its model into "
+            f"{SACREBLEU_DIR}/models beforehand, or use evaluation.tokenize=13a"
         ) from None
 
 
-def fold(text: str) -> str:
-    """The text on one line."""
-    return " ".join(text.split())
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Makes connections opened inside give up when nothing comes for so long."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def first_line(text: str) -> str:
     """Up to the first line break; leading ones do not count."""
-    return fold(text.strip().split("\n")[0])
+    return one_line((text.strip().splitlines() or [""])[0])
 
 
 def score(
@@ -65,8 +80,8 @@ def score(
     from sacrebleu.metrics.chrf import CHRF
 
     bleu, chrf = BLEU(tokenize=tokenize), CHRF(word_order=2)
-    folded, cut = [fold(text) for text in hypotheses], [first_line(text) for text in hypotheses]
-    folded_references = [[fold(text) for text in references]]
+    folded, cut = [one_line(text) for text in hypotheses], [first_line(text) for text in hypotheses]
+    folded_references = [[one_line(text) for text in references]]
     return Scores(
         bleu=bleu.corpus_score(folded, folded_references).score,
         chrf=chrf.corpus_score(folded, folded_references).score,
@@ -82,9 +97,9 @@ def write_translations(folder: Path, sources: list[str], references: list[str], 
     """sources.txt, references.txt, hypotheses.txt and hypotheses_first_line.txt in `folder`, a sentence a line."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = {
-        "sources": [fold(text) for text in sources],
-        "references": [fold(text) for text in references],
-        "hypotheses": [fold(text) for text in hypotheses],
+        "sources": [one_line(text) for text in sources],
+        "references": [one_line(text) for text in references],
+        "hypotheses": [one_line(text) for text in hypotheses],
         "hypotheses_first_line": [first_line(text) for text in hypotheses],
     }
     for name, lines in columns.items():

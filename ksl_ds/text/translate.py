@@ -61,10 +61,13 @@ def translate(
                 do_sample=False,
                 num_beams=evaluation.num_beams,
                 max_new_tokens=evaluation.max_new_tokens,
-                # Sampling settings that a checkpoint's generation config may carry mean nothing in a search.
+                # What a checkpoint's generation config may carry for chats: sampling means nothing in a search, and
+                # penalties on repeated words would keep a translation from repeating what the source repeats.
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 eos_token_id=end_ids,
                 pad_token_id=pad_id,
                 synced_gpus=partitioned,
@@ -89,5 +92,6 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 def _read(answer: list[int], end_ids: list[int], tokenizer: Any) -> Translation:
     end = next((position for position, token in enumerate(answer) if token in end_ids), None)
     tokens = answer[:end]
-    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    # "Clean up" would take the space before French question marks.
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     return Translation(text, len(tokens), end is not None)
