@@ -1,0 +1,185 @@
+"""What is shipped and written down agrees with the code: recipes, DeepSpeed configurations, the README's commands and code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from ksl_ds import recipe as recipes
+from ksl_ds.cli import COMMANDS, SCHEMA, main
+from ksl_ds.recipe import Recipe, dotted_keys, load_recipe
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((REPOSITORY / "launch" / "recipes").rglob("*.yaml"))
+CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return [content for name, content in BLOCKS if name == language]
+
+
+def commands() -> list[list[str]]:
+    """The words after `ksl-ds` or `--module ksl_ds` in the lines of shell blocks, comments and [optional] words taken out."""
+    lines = [line for content in blocks("bash") for line in content.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    found = []
+    for line in words:
+        for at, word in enumerate(line):
+            if word == "ksl-ds" or (word == "ksl_ds" and line[at - 1] in ("--module", "-m")):
+                found.append([word for word in line[at + 1 :] if not word.startswith("[")])
+                break
+    return found
+
+
+# --- recipes ---
+
+
+def test_something_is_shipped_and_written_down():
+    assert RECIPES and CONFIGS and blocks("bash") and blocks("yaml") and blocks("python") and commands()
+    assert README.count("\n```") == 2 * len(BLOCKS), "a fence is not closed"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_shipped_recipe_fits_the_code_and_says_how_to_run_it(path):
+    recipe = load_recipe(Recipe, str(path), [])
+    assert recipes.shipped_file(recipe.deepspeed, "ds_configs").is_file()
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert head.startswith("#") and "ksl_ds" in head
+
+
+def test_recipes_and_configurations_are_found_without_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in RECIPES:
+        load_recipe(Recipe, path.name, [])
+    for path in CONFIGS:
+        assert json.loads(recipes.shipped_file(path.name, "ds_configs").read_text()) == json.loads(path.read_text())
+
+
+def test_recipes_in_the_readme_fit_the_code(tmp_path):
+    for number, content in enumerate(blocks("yaml")):
+        (tmp_path / f"{number}.yaml").write_text(content)
+        load_recipe(Recipe, str(tmp_path / f"{number}.yaml"), [])
+
+
+# --- DeepSpeed configurations ---
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_configuration_is_one_to_deepspeed(path, precision, monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from ksl_ds.sharding.engine import deepspeed_config
+
+    words = ["run_dir=runs/x", "model.path=m", f"deepspeed={path.name}", f"training.precision={precision}"]
+    recipe = load_recipe(Recipe, None, [*words, "training.batch_size=24", "training.micro_batch_size=4"])
+    parsed = DeepSpeedConfig(deepspeed_config(recipe))
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (24, 6)
+    assert parsed.gradient_clipping == recipe.training.clip
+    assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (precision == "bf16", precision == "fp16")
+    # DeepSpeed passes over keys that it does not know.
+    shipped = json.loads(path.read_text())["zero_optimization"]
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(shipped) <= known | set(DeepSpeedZeroConfig.model_fields)
+    assert parsed.zero_optimization_stage == shipped["stage"]
+    offloads = parsed.zero_config.offload_optimizer, parsed.zero_config.offload_param
+    assert [part is not None for part in offloads] == ["offload_optimizer" in shipped, "offload_param" in shipped]
+
+
+def test_the_readme_says_when_to_pick_which_configuration():
+    named = set(re.findall(r"\b[\w-]+\.json\b", README))
+    assert {path.name for path in CONFIGS} <= named
+
+
+# --- commands ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_prints_every_key_with_default_and_meaning(command, capsys):
+    if command not in SCHEMA:  # takes options, not a recipe's keys
+        with pytest.raises(SystemExit, match="^0$"):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert all(f"  {word.strip('[]').lower()} " in shown for word in COMMANDS[command][1].split())
+        return
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert COMMANDS[command][1] in shown
+    squeezed = " ".join(shown.split())
+    for name, (_, text) in dotted_keys(getattr(recipes, SCHEMA[command])).items():
+        assert f"\n  {name} (" in shown and " ".join(text.split()) in squeezed
+
+
+def test_every_command_is_in_the_overview_and_in_the_readme(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command, (what, _) in COMMANDS.items():
+        assert re.search(rf"^  {command} +{re.escape(what)}$", overview, re.MULTILINE)
+        assert f"`{command}`" in README
+
+
+def test_commands_of_the_readme_exist_and_take_their_keys(tmp_path):
+    mine = tmp_path / "my_recipe.yaml"  # the name that the README gives to the recipe that it shows
+    mine.write_text(blocks("yaml")[0])
+    for command, *words in commands():
+        if command in ("COMMAND", "--help", "--version"):
+            continue
+        assert command in COMMANDS, f"ksl-ds {command}"
+        if command not in SCHEMA or "--help" in words:
+            continue
+        file = words.pop(0) if words and "=" not in words[0] else None
+        if file is not None and not (REPOSITORY / file).exists():
+            assert file == mine.name, f"the README runs {file}, which does not exist"
+        file = file and str(mine if file == mine.name else REPOSITORY / file)
+        load_recipe(getattr(recipes, SCHEMA[command]), file, words)
+
+
+def test_commands_within_sentences_exist():
+    for words in re.findall(r"`ksl-ds ([^`]*)`", README):
+        command, *rest = words.split()
+        assert command in (*COMMANDS, "COMMAND", "--help", "--version"), f"ksl-ds {words}"
+        keys = [word.partition("=")[0] for word in rest if re.fullmatch(r"[a-z][\w.]*=.*", word)]
+        if command in SCHEMA:
+            assert set(keys) <= set(dotted_keys(getattr(recipes, SCHEMA[command])))
+
+
+def test_scripts_and_folders_that_are_named_exist_and_run():
+    scripts = set(re.findall(r"\blaunch/[\w/.-]+\.(?:sh|py|yaml|sbatch)\b", README))
+    assert {"launch/quickstart.sh", "launch/test.sh"} <= scripts
+    assert [name for name in scripts if not (REPOSITORY / name).is_file()] == []
+    bash = shutil.which("bash")
+    for script in sorted((REPOSITORY / "launch").glob("*.sh")):
+        assert os.spawnl(os.P_WAIT, bash, "bash", "-n", str(script)) == 0, script
+    for name in re.findall(r"^  (\w+/)\s{2,}", README, re.MULTILINE):  # rooms in the layout
+        assert (REPOSITORY / "ksl_ds" / name).is_dir(), name
+
+
+# --- Python ---
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_of_the_readme_compiles_and_its_imports_are_there(number):
+    tree = ast.parse(blocks("python")[number])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "ksl_ds":
+            module = importlib.import_module(node.module)
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+def test_links_to_files_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert [target for target in targets if not Path(REPOSITORY, target).exists()] == []
