@@ -122,7 +122,7 @@ def main() -> None:
             sys.exit(f"the job on {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         found = json.loads(lines[0].removeprefix("RESULT"))
         print(
-            f"{ranks:5} | {found['moved'] / 1e6:15.3f} MB {found['edge_rows']:10.2f}    {found['gather_moved'] / 1e6:12.1f} MB "
+            f"{ranks:5} | {found['moved'] / 1e6:15.3f} MB {found['edge_rows']:10.2f} {found['gather_moved'] / 1e6:15.1f} MB "
             f"| {found['seconds']:6.3f} | {found['gather_scipy_seconds']:16.1f} "
             f"| {found['gather_scipy_seconds'] / found['seconds']:5.0f} | {found['extra_bytes'] / 2**20:.0f} against "
             f"{found['gather_bytes'] / 2**20:.0f}"
