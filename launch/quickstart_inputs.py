@@ -117,9 +117,7 @@ def clean(pairs: Iterable[tuple[str, str]], dropped: Counter[str]) -> list[Pair]
     for source, target in pairs:
         source, target = one_line(source), one_line(target)
         lengths = len(source.split()), len(target.split())
-        if not source or not target:
-            dropped["untranslated"] += 1
-        elif min(lengths) < MIN_WORDS or max(lengths) > MAX_WORDS:
+        if min(lengths) < MIN_WORDS or max(lengths) > MAX_WORDS:
             dropped[f"not of {MIN_WORDS} to {MAX_WORDS} words"] += 1
         elif NOT_PLAIN.search(f"{source} {target}"):
             dropped["with variables, HTML or addresses"] += 1

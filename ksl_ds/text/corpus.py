@@ -73,7 +73,7 @@ def load_corpus(text: Text, split: Literal["train", "valid", "test"], seed: int)
         for source, target in _read(paths, text, split, dropped):
             source, target = one_line(source), one_line(target)
             if not source or not target:
-                dropped["with an empty side"] += 1
+                dropped[f"with an empty {'target' if source else 'source'}"] += 1
             elif limit is not None and max(len(source.split()), len(target.split())) > limit:
                 dropped[f"longer than {limit} words"] += 1
             else:
@@ -264,6 +264,8 @@ def read_po(path: Path, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
                 dropped["fuzzy in the .po file"] += 1
             elif entry.msgid_plural:
                 dropped["with plural forms"] += 1
+            elif not entry.msgstr:
+                dropped["untranslated in the .po file"] += 1
             else:
                 default = PO_DEFAULT.search(entry.comment)
                 yield (polib.unescape(default[1]) if default else entry.msgid), entry.msgstr

@@ -33,15 +33,18 @@ class Scores:
 
 
 def check_tokenizer(tokenize: str) -> None:
-    """Makes sure that sacrebleu's tokenizer works, before anything is translated. Call it on the rank that scores.
+    """Makes sure that sacrebleu's tokenizer works, before anything is translated.
+
+    Call it on the one rank that scores, not on all: the first use of flores101 and flores200 fetches a model into a folder
+    that ranks share.
 
     Raises
     ------
     UserError
-        For an unknown tokenizer, or one whose model cannot be fetched.
+        For an unknown tokenizer, or one whose model cannot be fetched or read: says which file belongs where.
     """
     from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.utils import SACREBLEU_DIR
+    from sacrebleu.tokenizers import tokenizer_spm
 
     if tokenize not in BLEU.TOKENIZERS:
         raise UserError(f"evaluation.tokenize is {tokenize!r}; sacrebleu has {', '.join(sorted(BLEU.TOKENIZERS))}")
@@ -50,9 +53,14 @@ def check_tokenizer(tokenize: str) -> None:
             BLEU(tokenize=tokenize).corpus_score(["a"], [["a"]])
     # The network's, sentencepiece's and MeCab's own kinds; sacrebleu exits after some failed downloads.
     except (Exception, SystemExit) as error:
+        remedy = ""
+        if tokenize in tokenizer_spm.SPM_MODELS:
+            url = tokenizer_spm.SPM_MODELS[tokenize]["url"]
+            file = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(url).name)
+            remedy = f"replace {file} by {url}, or " if file.exists() else f"download {url} as {file}, or "
         raise UserError(
-            f"sacrebleu cannot set up evaluation.tokenize={tokenize}: {one_line(str(error))[:200]}; put its model into "
-            f"{SACREBLEU_DIR}/models beforehand, or use evaluation.tokenize=13a"
+            f"sacrebleu cannot set up evaluation.tokenize={tokenize}: {one_line(str(error))[:200]}; {remedy}use "
+            "evaluation.tokenize=13a"
         ) from None
 
 

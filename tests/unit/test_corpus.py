@@ -72,7 +72,7 @@ PO_PAIRS = [
 ]
 PO_DROPPED = {
     "fuzzy in the .po file": 1,
-    "with an empty side": 1,
+    "untranslated in the .po file": 1,
     "with plural forms": 1,
     "obsolete in the .po file": 1,
 }
@@ -168,7 +168,7 @@ def test_line_aligned_files(tmp_path):
     corpus = corpus_of(tmp_path / "a.en", tmp_path / "a.fr")
     found = sorted((pair.source, pair.target) for pair in corpus.pairs)
     assert found == [("four", "quatre"), ("one more", "un plus"), ("two 2", "deux 2")]
-    assert corpus.dropped == {"with an empty side": 1}
+    assert corpus.dropped == {"with an empty source": 1}
 
 
 def test_two_files_of_a_known_kind_are_one_after_the_other(tmp_path):
@@ -239,12 +239,16 @@ def test_everything_left_out_is_counted(tmp_path):
     corpus = corpus_of(jsonl(tmp_path / "a.jsonl", content), max_words=3, max_train_pairs=4)
     assert len(corpus.pairs) == 4
     assert corpus.dropped == {
-        "with an empty side": 2,
+        "with an empty source": 1,
+        "with an empty target": 1,
         "longer than 3 words": 2,
         "beyond text.max_train_pairs=4": 7,
     }
     assert len(corpus.pairs) + sum(corpus.dropped.values()) == len(content)
-    assert "4 pairs; left out: 2 with an empty side, 2 longer than 3 words, 7 beyond" in corpus.summary()
+    assert (
+        "4 pairs; left out: 1 with an empty source, 1 with an empty target, 2 longer than 3 words, 7 beyond"
+        in corpus.summary()
+    )
 
 
 def test_a_smaller_corpus_is_the_beginning_of_the_larger_one(tmp_path):
@@ -397,7 +401,7 @@ def test_empty_line_aligned_files_and_folders(tmp_path):
 def test_one_sided_and_too_long_text_says_why_nothing_is_left(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"source": "a", "target": ""}, {"source": "a b", "target": "c"}])
     message = mistake(file, max_words=1)
-    assert message.endswith(": none of its 2 pairs can be used: 1 with an empty side, 1 longer than 1 words")
+    assert message.endswith(": none of its 2 pairs can be used: 1 with an empty target, 1 longer than 1 words")
 
 
 def test_pairs_compare_by_their_text():

@@ -93,7 +93,7 @@ def test_only_plain_translated_sentences_are_taken(tmp_path, inputs):
     kept = inputs.clean(read_po(tmp_path, dropped), dropped)
     assert {pair.source: pair.target for pair in kept} == TAKEN
     assert dropped == {
-        "untranslated": 1,
+        "untranslated in the .po file": 1,
         "not of 4 to 60 words": 2,
         "with variables, HTML or addresses": 4,
         "that repeat the source": 1,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from tiny import SENTENCES, make_model_folder, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -158,7 +159,9 @@ def test_spbleu_without_network_says_what_to_do(monkeypatch, tmp_path, tokenize,
         check_tokenizer(tokenize)
     message = str(caught.value)
     assert message.startswith(f"sacrebleu cannot set up evaluation.tokenize={tokenize}: ") and "\n" not in message
-    assert "/models beforehand" in message and message.endswith("or use evaluation.tokenize=13a")
+    file = {"flores101": "sacrebleu_tokenizer_spm.model", "flores200": "flores200sacrebleuspm"}[tokenize]
+    assert "; download https://" in message
+    assert message.endswith(f" as {tmp_path / 'models' / file}, or use evaluation.tokenize=13a")
     assert network.patience == scores_module.DOWNLOAD_SECONDS and socket.getdefaulttimeout() is None
 
 
@@ -169,8 +172,27 @@ def test_a_broken_tokenizer_model_is_a_mistake_too(monkeypatch, tmp_path):
     for model in tokenizer_spm.SPM_MODELS.values():
         (tmp_path / "models" / Path(model["url"]).name).write_bytes(b"half of it")
     monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="cannot set up evaluation.tokenize=flores200: .*use evaluation.tokenize=13a"):
+    with pytest.raises(
+        UserError, match="cannot set up evaluation.tokenize=flores200: .*; replace /.* by https://.*13a"
+    ):
         check_tokenizer("flores200")
+
+
+def test_a_tokenizer_model_put_there_by_hand_serves_both(folder, monkeypatch, tmp_path):
+    from sacrebleu.tokenizers import tokenizer_spm
+
+    (tmp_path / "models").mkdir()
+    words = [word for pair in SENTENCES for sentence in pair for word in sentence.split()]
+    with (tmp_path / "models" / "flores200sacrebleuspm").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words * 9), model_writer=file, vocab_size=60, minloglevel=2
+        )
+    monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setenv("SACREBLEU", str(tmp_path))  # for the command
+    check_tokenizer("flores200")
+    ours, whole = scored("flores200"), by_hand(folder, "hypotheses.txt", "-m", "bleu", "--tokenize", "flores200")
+    assert ours.bleu == pytest.approx(whole["score"], abs=1e-9) and ours.bleu != pytest.approx(scored().bleu)
+    assert ours.signatures["bleu"] == whole["signature"] and "tok:flores200" in whole["signature"]
 
 
 # --- translation, in one process ---
