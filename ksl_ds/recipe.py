@@ -53,7 +53,7 @@ class Text:
     source_language: str = key("English", "name of the source language, for the prompt")
     target_language: str = key("French", "name of the target language, for the prompt")
     prompt: str = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
-    max_length: int = key(1024, "longest prompt plus translation in tokens; longer training pairs are dropped")
+    max_length: int = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
     max_words: Optional[int] = key(None, "longest source or target in words; longer pairs are dropped")
     max_train_pairs: Optional[int] = key(None, "at most so many training pairs, taken after a seeded shuffle")
     max_valid_pairs: Optional[int] = key(None, "at most so many validation pairs")
@@ -336,6 +336,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value}; it must be greater than 0")
+    if recipe.seed < 0:
+        raise UserError(f"seed is {recipe.seed}; it must not be negative")
     if training.clip < 0:
         raise UserError(f"training.clip is {training.clip}; it must not be negative (0 switches clipping off)")
     check_alpha(draw.alpha, "draw.alpha")

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from ksl_ds.errors import UserError
+from ksl_ds.files import write_text
 from ksl_ds.recipe import Recipe
 from ksl_ds.sharding import cluster
 
@@ -266,29 +266,6 @@ def clean(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     return clean(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing.
-
-    Raises
-    ------
-    UserError
-        When it cannot be written; an older file of that name is then as it was.
-    """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8", errors="replace") as file:  # half a surrogate pair becomes "?"
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksl_ds.errors import UserError
-from ksl_ds.report.tracking import write_text
+from ksl_ds.files import write_text
 from ksl_ds.text.corpus import one_line
 
 DOWNLOAD_SECONDS = 30.0  # without an answer, for the model of a tokenizer: the other ranks wait

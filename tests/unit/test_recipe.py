@@ -42,6 +42,8 @@ def test_the_command_line_comes_last(tmp_path):
         (["partial_tuning.betas=[0.9]"], ["partial_tuning.betas"]),
         (["training.batch_size=0"], ["training.batch_size", "greater than 0"]),
         (["training.clip=-1"], ["training.clip"]),
+        (["seed=-1"], ["seed", "-1"]),
+        (["draw.stop_when_settled={draws: 2}"], ["draw.stop_when_settled", "draw.every"]),
         (["training=5"], ["training"]),
         (["model.path"], ["model.path", "key=value"]),
     ],

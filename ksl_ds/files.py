@@ -1,0 +1,32 @@
+"""Writing a file whole or not at all, for every room."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ksl_ds.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing.
+
+    Raises
+    ------
+    UserError
+        When it cannot be written; an older file of that name is then as it was.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8", errors="replace") as file:  # half a surrogate pair becomes "?"
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
