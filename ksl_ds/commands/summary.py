@@ -74,9 +74,12 @@ def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> Non
         figures=figures,
         samples=_samples(run),
         notes=[
-            f"{name} text: {count:,} pairs left out, {reason}."
-            for name, part in run.results["text"].items()
-            for reason, count in part["dropped"].items()
+            *_steps_saved(run),
+            *(
+                f"{name} text: {count:,} pairs left out, {reason}."
+                for name, part in run.results["text"].items()
+                for reason, count in part["dropped"].items()
+            ),
         ],
         summary=what_was_run(
             run.recipe,
@@ -128,3 +131,10 @@ def _samples(run: Run) -> list[dict[str, str]]:
         for sample, line in zip(samples, lines, strict=False):
             sample[stage_name(stage)] = line
     return samples
+
+
+def _steps_saved(run: Run) -> list[str]:
+    stage = run.stages["embed_tuning"]
+    if stage["steps"] == stage["planned_steps"]:
+        return []
+    return [f"Embed tuning ended after {stage['steps']} of {stage['planned_steps']} steps: the ticket had settled."]

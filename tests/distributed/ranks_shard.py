@@ -69,7 +69,7 @@ for number, (num_rows, width) in enumerate(SHAPES):
         check(embedding.weight, values_VD, other_VD)
 
 # Under engines: the fp32 masters are read and written, and after the engine is gone the weights.
-for stage in (0, 1, 2, 3):
+for stage, offload in ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True)):
     for precision in ("fp32", "bf16"):
         if stage == 0 and precision == "bf16":
             continue  # masters of this stage are whole on every rank; the weights decide
@@ -77,7 +77,8 @@ for stage in (0, 1, 2, 3):
         module = nn.Sequential(nn.Embedding(31, 7), nn.Linear(7, 7))
         config = {
             "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})},
+            "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": precision == "bf16"},
         }
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
