@@ -8,6 +8,13 @@ from ksl_ds.sharding.engine import quiet_libraries
 cluster.start()
 quiet_libraries(False)
 SETTINGS = {
+    "embed": [
+        "embed_tuning.max_steps=6",
+        "embed_tuning.schedule=linear",
+        "training.precision=bf16",
+        "training.gradient_checkpointing=true",
+        "evaluation.num_beams=2",
+    ],
     "full": ["full_tuning.learning_rate=0.01", "full_tuning.max_steps=6"],
     "lora": ["lora.learning_rate=0.01", "lora.max_steps=6"],
     "prefix": ["prefix.learning_rate=0.05", "prefix.max_steps=6", "prefix.num_virtual_tokens=4"],
