@@ -1,6 +1,12 @@
 """Run by test_lottery.py on several ranks: the methods that need no ticket, one after the other."""
 
+import json
+from pathlib import Path
+
+from tiny import make_model_folder
+
 from ksl_ds.commands import tune
+from ksl_ds.model.published import published_pieces
 from ksl_ds.recipe import Recipe, load_recipe
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import quiet_libraries
@@ -23,4 +29,33 @@ for method, words in SETTINGS.items():
     # All pairs are the test text, in one batch a step, so that the losses of the steps can be compared.
     everything = ["text.max_test_pairs=null", "training.batch_size=12"]
     tune.run(load_recipe(Recipe, "recipe.yaml", [f"method={method}", f"run_dir={method}", *words, *everything]))
+
+# A published ticket, on a model with LLaMA-1's vocabulary as far as these ids go.
+if cluster.is_main():
+    make_model_folder(Path("llama"), vocab_size=32000)
+    tokenizer = json.loads(Path("llama/tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    size = len(vocabulary)
+    pieces = published_pieces()
+    vocabulary |= {f"<unused{number}>": number for number in range(size, 32000)}
+    by_number = {number: piece for piece, number in vocabulary.items()}
+    for number, piece in pieces.items():
+        # The word that was here moves to the place that the piece had, if any, else to a new name.
+        displaced, former = by_number[number], vocabulary.get(piece)
+        vocabulary[piece] = number
+        by_number[number] = piece
+        del vocabulary[displaced]
+        if former is not None:
+            vocabulary[displaced] = former
+            by_number[former] = displaced
+    Path("llama/tokenizer.json").write_text(json.dumps(tokenizer))
+cluster.barrier()
+words = [
+    "method=ticket",
+    "ticket=published:en-da",
+    "run_dir=published",
+    "model.path=llama",
+    "partial_tuning.max_steps=2",
+]
+tune.run(load_recipe(Recipe, "recipe.yaml", words))
 cluster.stop()

@@ -46,6 +46,8 @@ MISTAKES = {
     ("training.batch_size=many",): ["training.batch_size", "many"],
     ("method=ticket",): ["ticket="],
     ("method=ticket", "ticket=nowhere"): ["nowhere"],
+    ("method=ticket", "ticket=published:en-xx"): ["en-xx", "en-ca"],
+    ("method=ticket", "ticket=published:en-ca"): ["LLaMA-1", "<0x0A>"],
     ("embed_tuning.learning_rate=1e39",): ["loss", "embed_tuning", "learning_rate"],
 }
 
@@ -62,7 +64,7 @@ for overrides, words in MISTAKES.items():
     assert "\n" not in message, message
     assert all(word in message for word in words), (overrides, message)
     if "learning_rate" not in overrides[0]:  # everything else is found before the run folder is made
-        assert not Path("mistaken").exists() or "ticket=nowhere" in overrides, overrides
+        assert not Path("mistaken").exists() or overrides[-1].startswith("ticket="), overrides
     cluster.barrier()
     if cluster.is_main():
         shutil.rmtree("mistaken", ignore_errors=True)

@@ -172,6 +172,9 @@ def test_other_methods_leave_what_others_load(job):
         assert losses_of[method][-1] < losses_of[method][0]
         trained = {"full": 24096, "lora": 1792, "prefix": 256}[method]
         assert results["trained_parameters"] == trained
+    published = json.loads((job / "published/ticket/ticket.json").read_text())
+    assert published["token_ids"] == [13, 263, 278, 297, 304, 310, 322, 29871, 29889, 29892, 29896, 29900]
+    assert published["selection"] == "published:en-da" and published["tested_dtype"] == "untested"
     # In bf16 with checkpointing, a linear schedule and beam search: it learns too.
     curve = losses(job / "embed", "embed_tuning")
     assert curve[-1] < curve[0]
