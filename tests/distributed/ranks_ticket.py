@@ -37,18 +37,20 @@ def build(architecture: str, tied: bool, dtype: torch.dtype, stage: int) -> torc
     return model.requires_grad_(False)
 
 
-def train(mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, accumulation=1, **zero):
+def train(
+    mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, accumulation=1, ticket=TICKET, decay=0.1, **zero
+):
     """Losses and gradient norms of all steps, and the ticket's rows, after AdamW with decay and clipping."""
     model = build(architecture, tied, dtype, stage)
     shard = RowShard(model.get_input_embeddings().weight)
-    base_KD = shard.read_rows(TICKET)
+    base_KD = shard.read_rows(ticket)
     base_VD = shard.read_rows(torch.arange(VOCABULARY))
     if mode == "rows":
-        rows = TicketRows(model, TICKET, base_KD)
+        rows = TicketRows(model, ticket, base_KD)
         trained = rows.delta_KD
     else:
-        rows = train_only_rows(model, TICKET)
-        trained = model.get_input_embeddings().weight
+        trained = model.get_input_embeddings().weight.requires_grad_(True)
+        rows = train_only_rows(model, ticket) if mode == "hooks" else None
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
@@ -57,7 +59,7 @@ def train(mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, acc
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **zero},
     }
-    optimizer = torch.optim.AdamW([trained], lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([trained], lr=0.01, weight_decay=decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     generator = torch.Generator().manual_seed(cluster.rank())
     losses, norms = [], []
@@ -72,12 +74,13 @@ def train(mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, acc
     if mode == "rows":
         # Nothing of the matrix's size is trained: the optimizer holds this rank's part of the K rows, and padding.
         held = sum(state.numel() for state in optimizer.state.values() for state in [state["exp_avg"]])
-        assert held <= TICKET.numel() * 32 / cluster.world_size() + 64, held
-        after_KD = rows.moved(RowShard(trained).read_rows(torch.arange(len(TICKET))))
+        assert held <= len(ticket) * 32 / cluster.world_size() + 64, held
+        after_KD = rows.moved(RowShard(trained).read_rows(torch.arange(len(ticket))))
     else:
-        after_KD = shard.read_rows(TICKET)
+        after_KD = shard.read_rows(ticket)
     dismantle(engine)
-    rows.remove()
+    if rows is not None:
+        rows.remove()
     if mode == "rows":
         assert torch.equal(shard.read_rows(torch.arange(VOCABULARY)), base_VD)
         assert not any("ticket" in name for name, _ in model.named_modules())
@@ -103,4 +106,12 @@ compare("llama", True, 3, tolerance=1e-6, steps=10, accumulation=2, offload_opti
 # In 16 bits a difference rounds otherwise than a row does.
 compare("llama", True, 3, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
 compare("gemma", False, 2, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
+# A ticket of all rows is embed tuning, to the bit; without decay, which goes elsewhere there.
+everything = torch.arange(VOCABULARY)
+for stage, dtype in ((3, torch.float32), (2, torch.bfloat16)):
+    ours, theirs = (
+        train(mode, "llama", True, stage, dtype, steps=10, ticket=everything, decay=0.0)
+        for mode in ("hooks", "embed tuning")
+    )
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), (stage, dtype)
 cluster.stop()
