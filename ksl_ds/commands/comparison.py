@@ -79,7 +79,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
 def show(results: Mapping[str, Any]) -> None:
     """Prints the tables and the sentences of a comparison."""
     print_table(report.score_table(results))
-    print_table(report.test_table(results))
+    print_table(report.difference_table(results))
     for sentence in report.readings(results):
         cluster.say(f"- {sentence}")
 
@@ -194,7 +194,7 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
         summary=f"{what_was_run(recipe, pairs, {}, results['environment']['ranks'])} Seeds: {seeds}.",
         sections=[
             Section("Scores", table(report.score_table(results)) + sentences(*notes, *report.readings(results))),
-            Section("Differences", table(report.test_table(results))),
+            Section("Differences", table(report.difference_table(results))),
             Section("Figures", Markup("\n").join(drawn)),
         ],
         environment=results["environment"],

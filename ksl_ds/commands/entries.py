@@ -172,7 +172,7 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
         return None
     text = {**theirs["text"], "seed": wanted.text.seed}
     same_text = theirs["text"].get("seed") in (None, wanted.text.seed) and theirs["seed"] == wanted.text.seed
-    return results if same_text and not differs({**theirs, "text": text}, wanted, entry.method) else None
+    return results if same_text and not differs({**theirs, "text": text, "draw": drawn}, wanted, entry.method) else None
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

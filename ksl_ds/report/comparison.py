@@ -133,7 +133,7 @@ def interval(comparison: Mapping[str, Any], key: str, metric: str = "bleu") -> t
     return None
 
 
-def test_table(results: Results) -> Table:
+def difference_table(results: Results) -> Table:
     """BLEU with its interval, and against embed tuning, full tuning and the untuned model the differences and their p."""
     comparison = results["comparison"]
     baselines = baselines_tested(comparison)

@@ -66,7 +66,7 @@ def paired_bootstrap(
     for metric, title in zip(metrics, signatures, strict=True):
         results = scores[title]
         for (name, _), result in zip(named, results, strict=True):
-            tested = found[name][metric] = Tested(result.score, result.mean, result.ci)
+            tested = found[name][metric] = Tested(result.score, float(result.mean), float(result.ci))
             if name != baseline:
                 tested.difference = result.score - results[0].score
                 # Where all resamples agree that there is none, sacrebleu finds 1 / 1001: it counts larger differences only.
