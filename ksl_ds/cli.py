@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from ksl_ds import __version__
 from ksl_ds.errors import Interrupted, UserError
@@ -22,12 +24,17 @@ COMMANDS = {
     "draw": ("the KS test of two checkpoints of one model", "before=DIR after=DIR out=DIR [key=value ...]"),
     "transfer": ("write a model with a ticket's rows", "base=DIR ticket=DIR out=DIR"),
     "evaluate": ("translate held-out text and score it", "RECIPE.yaml [key=value ...]"),
+    "compare": (
+        "KS tickets beside their controls and other methods: table, tests, plots",
+        "RECIPE.yaml [key=value ...] | --from RESULTS.json",
+    ),
     "inspect": ("look at a ticket, or at what two tickets share", "TICKET [OTHER]"),
 }
 SCHEMA = {
     "lottery": "Recipe",
     "tune": "Recipe",
     "evaluate": "Recipe",
+    "compare": "Recipe",
     "draw": "DrawCommand",
     "transfer": "TransferCommand",
 }
@@ -61,6 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(command: str, words: list[str]) -> Callable[[], None]:
     if command == "inspect":
         return lambda: importlib.import_module("ksl_ds.commands.inspect").run(words)
+    if command == "compare" and words and re.match(r"(--)?from(=|$)", words[0]):
+        name, _, file = words[0].partition("=")
+        files = [file] if file else words[1:]
+        if len(files) != 1:
+            raise UserError(f"compare {name} takes the results.json of one comparison")
+        return lambda: importlib.import_module("ksl_ds.commands.comparison").show_file(Path(files[0]))
     from ksl_ds import recipe as recipes
 
     file = words[0] if words and "=" not in words[0] else None

@@ -59,6 +59,7 @@ class Text:
     max_train_pairs: Optional[int] = key(None, "at most so many training pairs, taken after a seeded shuffle")
     max_valid_pairs: Optional[int] = key(None, "at most so many validation pairs")
     max_test_pairs: Optional[int] = key(None, "at most so many test pairs")
+    seed: Optional[int] = key(None, "of the shuffle that text.max_..._pairs are taken after; empty: the run's seed")
 
 
 @dataclass
@@ -161,6 +162,33 @@ class Tracking:
     name: Optional[str] = key(None, "wandb run name; empty: the run folder's name")
 
 
+# What `compare` runs, in the order of its table; `compare.methods` chooses among them.
+METHODS = (
+    "untuned", "full", "embed", "transfer", "ticket",
+    "top_k", "frequency", "random", "shift_norm", "shift_ratio",
+    "newline", "bos", "first_prompt_token", "lora", "prefix",
+)  # fmt: skip
+NOT_BY_DEFAULT = ("top_k", "bos", "first_prompt_token")
+NEEDS_EMBED = ("transfer", "ticket", "top_k", "frequency", "random", "shift_norm", "shift_ratio")
+
+
+@dataclass
+class Compare:
+    methods: list[str] = key(
+        [name for name in METHODS if name not in NOT_BY_DEFAULT],
+        "what to compare: untuned, full, embed, transfer and ticket (rows with p < alpha, for each of compare.alphas), "
+        "controls with as many rows (top_k, frequency, random, shift_norm, shift_ratio), one row (newline, bos or "
+        "first_prompt_token), lora, prefix",
+    )
+    alphas: list[float] = key([0.05, 0.25, 0.5], "levels of the tickets")
+    seeds: list[int] = key([0, 1], "every method is trained once with each: another order of the same training text")
+    rows: Optional[int] = key(
+        None,
+        "rows of a control; empty: as many as the ticket of the same seed at the recipe's draw.alpha has, or draw.top_k "
+        "where that ticket is empty",
+    )
+
+
 @dataclass
 class Checkpoint:
     every: Optional[int] = key(
@@ -171,7 +199,7 @@ class Checkpoint:
 
 @dataclass
 class Recipe:
-    """A run of `lottery`, `tune` or `evaluate`."""
+    """A run of `lottery`, `tune`, `evaluate` or `compare`."""
 
     run_dir: str = key(MISSING, "folder that this run creates; everything it writes lies there")
     resume: Literal["never", "auto"] = key(
@@ -193,6 +221,7 @@ class Recipe:
     evaluation: Evaluation = key(Evaluation, "translation and scores")
     tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
     checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
+    compare: Compare = key(Compare, "what `compare` puts side by side")
     method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
     ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket` and for `evaluate`")
 
@@ -351,6 +380,7 @@ def check_recipe(recipe: Recipe) -> None:
         "text.max_valid_pairs": text.max_valid_pairs,
         "text.max_test_pairs": text.max_test_pairs,
         "draw.top_k": draw.top_k,
+        "compare.rows": recipe.compare.rows,
         "draw.every": draw.every,
         "evaluation.batch_size": recipe.evaluation.batch_size,
         "evaluation.num_beams": recipe.evaluation.num_beams,
@@ -371,8 +401,9 @@ def check_recipe(recipe: Recipe) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value}; it must be greater than 0")
-    if recipe.seed < 0:
-        raise UserError(f"seed is {recipe.seed}; it must not be negative")
+    for name, seed in {"seed": recipe.seed, "text.seed": recipe.text.seed or 0}.items():
+        if seed < 0:
+            raise UserError(f"{name} is {seed}; it must not be negative")
     if training.clip < 0:
         raise UserError(f"training.clip is {training.clip}; it must not be negative (0 switches clipping off)")
     check_alpha(draw.alpha, "draw.alpha")
@@ -384,6 +415,29 @@ def check_recipe(recipe: Recipe) -> None:
             f"draw.stop_when_settled has overlap {settled.overlap} and draws {settled.draws}; overlap lies above 0 and up "
             "to 1, draws is at least 1"
         )
+
+    check_compare(recipe.compare)
+
+
+def check_compare(compare: Compare) -> None:
+    """Raises UserError naming the key of `compare` that cannot be followed."""
+    for name, values in {"methods": compare.methods, "alphas": compare.alphas, "seeds": compare.seeds}.items():
+        if len(set(values)) < len(values) or not values:
+            raise UserError(f"compare.{name} is {values}; it must name something, and nothing twice")
+    for method in compare.methods:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            raise UserError(
+                f"compare.methods has {method!r}; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}")
+            )
+    for alpha in compare.alphas:
+        check_alpha(alpha, "compare.alphas")
+    if min(compare.seeds) < 0:
+        raise UserError(f"compare.seeds is {compare.seeds}; seeds must not be negative")
+    shifted = [name for name in NEEDS_EMBED if name in compare.methods]
+    if shifted and "embed" not in compare.methods:
+        raise UserError(f"compare.methods has {shifted[0]}, whose rows are those that embed tuning shifts; add embed")
 
 
 def check_alpha(alpha: float, name: str) -> None:

@@ -62,6 +62,11 @@ def paragraphs(*texts: str) -> Markup:
     return Markup(_parts.paragraphs(texts))
 
 
+def sentences(*texts: str) -> Markup:
+    """Plain text, a bullet each."""
+    return Markup(_parts.sentences(texts))
+
+
 def samples_html(samples: Sequence[Mapping[str, Any]]) -> Markup:
     """Translations beside their source and reference: {"source", "reference", stage: hypothesis, ...} each."""
     cards = []
@@ -97,19 +102,8 @@ def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
         scores, name = stages[stage], stage_name(stage)
         if stage in ("untuned", "copying_source"):
             continue
-        if _known(scores, untuned, "bleu", "first_line_bleu"):
-            raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
-            if raw >= 0.5 and first < raw / 2:
-                line = (
-                    f"only by {first:.1f} on the first line"
-                    if first > 0
-                    else f"but falls by {-first:.1f} on the first line"
-                )
-                share = "more than half" if first > 0 else "all"
-                sentences.append(
-                    f"{name}: BLEU rises by {raw:.1f} over the untuned model, {line}: {share} of the gain is the model "
-                    "learning to stop."
-                )
+        if stopping := learned_to_stop(scores, untuned):
+            sentences.append(f"{name}: {stopping}")
         if _known(scores, copying, "chrf") and scores["chrf"] <= copying["chrf"]:
             sentences.append(
                 f"{name}: its chrF++ ({scores['chrf']:.1f}) is not above that of copying the source "
@@ -118,6 +112,18 @@ def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if _known(scores, untuned, "test_loss") and scores["test_loss"] >= untuned["test_loss"]:
             sentences.append(f"{name}: the test loss is not below the untuned model's.")
     return sentences
+
+
+def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> str:
+    """Says so where at least half of a gain in BLEU is missing on the first line; empty otherwise."""
+    if not _known(scores, untuned, "bleu", "first_line_bleu"):
+        return ""
+    raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
+    if raw < 0.5 or first >= raw / 2:
+        return ""
+    line = f"only by {first:.1f} on the first line" if first > 0 else f"but falls by {-first:.1f} on the first line"
+    share = "more than half" if first > 0 else "all"
+    return f"BLEU rises by {raw:.1f} over the untuned model, {line}: {share} of the gain is the model learning to stop."
 
 
 def _known(one: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:

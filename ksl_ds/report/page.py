@@ -138,6 +138,14 @@ PARTS = """
 {% endfor %}
 {% endmacro %}
 
+{% macro sentences(texts) %}
+<ul class="reading">
+{% for text in texts %}
+<li>{{ text }}</li>
+{% endfor %}
+</ul>
+{% endmacro %}
+
 {% macro reading(sentences, notes) %}
 <h3>How to read it</h3>
 <ul class="reading">

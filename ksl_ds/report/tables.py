@@ -126,6 +126,18 @@ def memory(value: Any) -> str:
     return f"{value / 2**30:.2f} GiB" if value else DASH
 
 
+@_or_dash
+def file_size(value: Any) -> str:
+    """168 kB, 2.3 MB, in powers of ten as file managers show it; a dash where nothing was tuned"""
+    if not value:
+        return DASH
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} GB"
+
+
 def decimals(digits: int) -> Callable[[Any], str]:
     """A number with so many digits after the point."""
     return _or_dash(lambda value: f"{value:.{digits}f}")

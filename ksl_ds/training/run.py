@@ -101,7 +101,8 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         tokenizer = folder.tokenizer()
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
         names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
-        corpora = {name: load_corpus(recipe.text, name, recipe.seed) for name in names}  # type: ignore[arg-type]
+        text_seed = recipe.seed if recipe.text.seed is None else recipe.text.seed
+        corpora = {name: load_corpus(recipe.text, name, text_seed) for name in names}  # type: ignore[arg-type]
         examples, text = {}, {}
         for name, corpus in corpora.items():
             examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)

@@ -1,0 +1,267 @@
+"""KS tickets beside their controls and beside other methods: the same text, seeds, schedule and evaluation for all.
+
+Every entry with every seed is a run of its own (entries.py), by the same functions as `lottery` and `tune`. What is there
+already is not run again, so a stopped comparison goes on where it was, and entries can be added later. An entry that
+fails costs one sentence; the others go on. The price of so much independence is that the model is loaded for each.
+
+Legend: V tokens, D coordinates of a row, K chosen rows.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ksl_ds.commands.comparison import finish
+from ksl_ds.commands.entries import (
+    OF_ALPHA,
+    ONE_ROW,
+    Entry,
+    entries_of,
+    finished,
+    home_of,
+    scored_by_lottery,
+    seeds_of,
+)
+from ksl_ds.commands.stages import token_frequency, tune_adapter, tune_all, tune_embedding, tune_ticket
+from ksl_ds.errors import UserError
+from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, explain_empty, make_ticket, measure_shift
+from ksl_ds.model.folder import ModelFolder, local_folder, token_strings
+from ksl_ds.recipe import Recipe, save_recipe
+from ksl_ds.report.tables import stage_name
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.draw import ids_of_draw
+from ksl_ds.sharding.rows import RowShard
+from ksl_ds.training.evaluate import evaluate_stage, score_copying
+from ksl_ds.training.run import Run, open_run
+
+Value = TypeVar("Value")
+Outcome = dict[str, Any]  # as comparison.py describes it
+
+
+@dataclass
+class Comparison:
+    """A comparison in progress."""
+
+    recipe: Recipe
+    home: Path
+    outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)  # by entry's key and seed
+    drawn: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # rows of a ticket, by key and seed
+    shifts: dict[int, Shift] = field(default_factory=dict)  # what embed tuning with a seed shifted
+
+
+def run(recipe: Recipe) -> None:
+    """Runs or continues the comparison of a recipe. Raises UserError for a mistake, and at the end when an entry failed."""
+    home = _on_main(lambda: home_of(recipe))
+    comparison = Comparison(recipe, home)
+    with cluster.together():
+        if cluster.is_main():
+            _create(home, recipe)
+    entries = entries_of(recipe.compare)
+    jobs = [
+        (seed, entry) for seed in recipe.compare.seeds for entry in entries if seed in seeds_of(entry, recipe.compare)
+    ]
+    for number, (seed, entry) in enumerate(jobs, 1):
+        cluster.say(f"entry {number} of {len(jobs)}: {stage_name(entry.key)}, seed {seed}")
+        outcome = _outcome(comparison, entry, seed)
+        comparison.outcomes.setdefault(entry.key, {})[seed] = outcome
+        if "missing" in outcome:
+            cluster.say(f"{stage_name(entry.key)}, seed {seed}: {outcome['missing']}")
+        gc.collect()  # the model of a run must be gone before the next one is loaded
+    with cluster.together():
+        if cluster.is_main():
+            finish(recipe, home, comparison.outcomes)
+    failed = [
+        f"{stage_name(key)} (seed {seed})"
+        for key, by_seed in comparison.outcomes.items()
+        for seed, outcome in by_seed.items()
+        if outcome.get("failed")
+    ]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} entries failed: {', '.join(failed)}; the same command tries these again"
+        )
+
+
+def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
+    """What came of an entry: found, run now, or missing for a reason."""
+    recipe, home = comparison.recipe, comparison.home
+    num_rows = None
+    if entry.needs_embed:
+        embedded = comparison.outcomes["embed_tuning"][seed]
+        if "missing" in embedded:
+            return {"missing": "embed tuning with this seed did not succeed, and its rows are needed", "failed": True}
+        if seed not in comparison.shifts:
+            comparison.shifts[seed] = _on_main(lambda: read_shift(recipe, home / embedded["folder"]))
+        shift = comparison.shifts[seed]
+        if entry.method in (*OF_ALPHA, "top_k"):
+            draw = entry.recipe(recipe, home, seed, rows_of_controls(recipe, shift)).draw
+            ids = ids_of_draw(shift, draw, seed=seed, frequency_V=torch.zeros(len(shift.count_V))).tolist()
+            if not ids:
+                return {"missing": explain_empty(shift, draw.alpha, draw.method), "empty": True}
+            if same := _drawn_before(comparison, entry, seed, ids):
+                return {**comparison.outcomes[same][seed], "same_as": same}
+        num_rows = rows_of_controls(recipe, shift)
+    wanted = entry.recipe(recipe, home, seed, num_rows)
+    folder = Path(wanted.run_dir)
+    outcome = _on_main(lambda: _found(entry, folder, wanted, Path(recipe.run_dir), home))
+    if outcome is not None:
+        cluster.say(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
+        return outcome
+    try:
+        _run_entry(comparison, entry, seed, wanted)
+    except UnavailableRow as error:
+        return {"missing": str(error)}
+    except UserError as error:
+        return {"missing": str(error), "failed": True}
+    outcome = _on_main(lambda: _found(entry, folder, wanted, None, home))
+    assert outcome is not None
+    return outcome
+
+
+def _drawn_before(comparison: Comparison, entry: Entry, seed: int, ids: list[int]) -> str | None:
+    """The key of an entry that has done the same with the same rows: counts are integers, so two levels can draw alike."""
+    same = [
+        key
+        for (key, of_seed), others in comparison.drawn.items()
+        if of_seed == seed and others == ids and key.startswith("partial_transfer") == (entry.method == "transfer")
+    ]
+    comparison.drawn[entry.key, seed] = ids
+    return same[0] if same else None
+
+
+def _found(entry: Entry, folder: Path, wanted: Recipe, lottery: Path | None, home: Path) -> Outcome | None:
+    results = finished(entry, folder, wanted)
+    if results is None and lottery is not None and lottery != home:
+        folder, results = lottery, scored_by_lottery(entry, lottery, wanted)
+    if results is None:
+        return None
+    return {
+        "folder": str(folder.relative_to(home) if folder.is_relative_to(home) else Path("..")),
+        "stage": entry.stage,
+        "scores": results["stages"][entry.stage],
+        "baselines": results["baselines"],
+        "text": results["text"],
+        "environment": results["environment"],
+    }
+
+
+class UnavailableRow(UserError):
+    """A single row that this model and prompt do not have: no failure, but nothing to train."""
+
+
+def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) -> None:
+    """One run with its own folder. Raises UserError."""
+    with open_run(wanted) as run:
+        score_copying(run)
+        shard = RowShard(run.model.get_input_embeddings().weight)
+        if entry.method == "untuned":
+            evaluate_stage(run, entry.stage, trained_parameters=0)
+        elif entry.method == "embed":
+            tune_embedding(run, shard, shard.read())
+        elif entry.method == "full":
+            tune_all(run)
+        elif entry.method in ("lora", "prefix"):
+            tune_adapter(run)
+        elif entry.method == "transfer":
+            ticket = _ticket(comparison, entry, seed, run, shard)
+            shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
+            evaluate_stage(run, entry.stage, trained_parameters=ticket.rows_KD.numel())
+        else:
+            tune_ticket(run, shard, _ticket(comparison, entry, seed, run, shard))
+
+
+def _ticket(comparison: Comparison, entry: Entry, seed: int, run: Run, shard: RowShard) -> Ticket:
+    """The rows of an entry, with the values that embed tuning gave them; a single row's are the base model's."""
+    frequency_V = token_frequency(run)
+    draw = run.recipe.draw
+    if entry.method in ONE_ROW:
+        ids_K = torch.tensor([single_row(entry.method, run, frequency_V)])
+        untested_V = torch.zeros(shard.num_rows)
+        shift = Shift(untested_V.int(), untested_V, untested_V, shard.row_length, "untested")
+        base_KD = rows_KD = shard.read_rows(ids_K)
+    else:
+        shift = comparison.shifts[seed]
+        ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
+        base_KD = shard.read_rows(ids_K)
+        embedded = comparison.home / comparison.outcomes["embed_tuning"][seed]["folder"]
+        rows_KD = _on_main(lambda: _embed_tuned_rows(embedded, ids_K))
+    return make_ticket(
+        shift,
+        ids_K,
+        base_KD,
+        rows_KD,
+        selection=entry.method if entry.method in ONE_ROW else draw.selection,
+        alpha=draw.alpha,
+        method=draw.method,
+        tokens=token_strings(run.tokenizer, ids_K.tolist()),
+        embedding_scope=run.recipe.model.embedding_scope,
+        source={"stage": entry.key, "base": run.recipe.model.path, "train_frequency": frequency_V[ids_K].tolist()},
+    )
+
+
+def single_row(method: str, run: Run, frequency_V: Tensor) -> int:
+    """The token that stands for "one row". Raises UnavailableRow where there is none, or none that is ever looked up."""
+    if method == "newline":
+        ids = run.tokenizer("\n", add_special_tokens=False).input_ids  # SentencePiece puts a space before it
+        number = ids[-1] if ids and run.tokenizer.decode(ids[-1:]) == "\n" else None
+    elif method == "bos":
+        number = run.tokenizer.bos_token_id
+    else:
+        number = run.prompts[0][0]
+    name = method.replace("_", " ")
+    if number is None:
+        raise UnavailableRow(f"this tokenizer has no token for {name}")
+    if frequency_V[number] == 0:
+        raise UnavailableRow(f"the token for {name} ({number}) does not occur in the training text and its prompts")
+    return number
+
+
+def rows_of_controls(recipe: Recipe, shift: Shift) -> int:
+    """How many rows the controls of a seed train."""
+    if recipe.compare.rows is not None:
+        return recipe.compare.rows
+    drawn = choose_rows(shift, selection="alpha", alpha=recipe.draw.alpha, method=recipe.draw.method)
+    return len(drawn) or recipe.draw.top_k
+
+
+def read_shift(recipe: Recipe, folder: Path) -> Shift:
+    """What an embed tuning found: from the numbers that it left, or by testing the model that it left."""
+    numbers = folder / "checkpoints" / "draw.safetensors"
+    tuned = ModelFolder(folder / "checkpoints" / "embed_tuning")
+    num_rows, num_samples = tuned.shape(tuned.embedding_name)
+    if numbers.is_file():
+        vectors = load_file(numbers)
+        return Shift(vectors["count"], vectors["shift_norm"], vectors["shift_ratio"], num_samples, "float32")
+    base = ModelFolder(local_folder(recipe.model.path, recipe.model.revision))
+    before_VD = base.read_rows(base.embedding_name, 0, num_rows)
+    return measure_shift(before_VD, tuned.read_rows(tuned.embedding_name, 0, num_rows))
+
+
+def _embed_tuned_rows(folder: Path, ids_K: Tensor) -> Tensor:
+    tuned = ModelFolder(folder / "checkpoints" / "embed_tuning")
+    return tuned.read_ids(tuned.embedding_name, ids_K.tolist()).float()
+
+
+def _on_main(make: Callable[[], Value]) -> Value:
+    """What rank 0 finds, on every rank; its UserError is everybody's."""
+    value = None
+    with cluster.together():
+        if cluster.is_main():
+            value = make()
+    return cluster.from_main(value)
+
+
+def _create(home: Path, recipe: Recipe) -> None:
+    try:
+        (home / "runs").mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, home / "recipe.yaml")
+    except OSError as error:
+        raise UserError(f"{home} cannot be written: {error.strerror}") from None

@@ -1,0 +1,214 @@
+"""The end of a comparison: tests, tables, results.json, report.html. Reads what the runs left; needs no model.
+
+Also prints a comparison again from its results.json, on its own and without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe
+from ksl_ds.report import comparison as report
+from ksl_ds.report.comparison_plots import loss_against_size, loss_curves, score_bars
+from ksl_ds.report.html import Section, figure, sentences, table, what_was_run, write_report
+from ksl_ds.report.tables import print_table
+from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
+from ksl_ds.sharding import cluster
+from ksl_ds.text.significance import paired_bootstrap
+
+SAMPLES_SHOWN = 12
+Outcomes = Mapping[str, Mapping[int, dict[str, Any]]]  # as compare.py collects them, by key and seed
+
+
+def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
+    """Tests and writes down what the runs found; on one rank. Raises UserError where no entry has a result."""
+    done = [outcome for by_seed in outcomes.values() for outcome in by_seed.values() if "scores" in outcome]
+    if not done:
+        raise UserError("no entry of the comparison has a result; the sentences above say why")
+    order = _shown_order(outcomes)
+    runs: dict[str, dict[str, Any]] = {
+        key: {
+            str(seed): {
+                name: value for name, value in outcome.items() if name not in ("baselines", "text", "environment")
+            }
+            for seed, outcome in outcomes[key].items()
+        }
+        for key in order
+    }
+    for by_seed in runs.values():
+        for run in by_seed.values():
+            if "scores" in run:
+                run["scores"] = {**run["scores"], "tuned_file_bytes": _tuned_file_bytes(home, run)}
+    cluster.say("testing differences")
+    tests, signatures = _tests(home, runs, recipe.evaluation.tokenize)
+    comparison = {
+        "order": order,
+        "seeds": recipe.compare.seeds,
+        "runs": runs,
+        "tests": tests,
+        "signatures": signatures,
+    }
+    results = {
+        "comparison": comparison,
+        "stages": report.mean_stages(comparison),
+        "baselines": done[0]["baselines"],
+        "text": done[0]["text"],
+        "environment": hardware_and_versions(),
+        "environments_of_runs": _distinct(outcome["environment"] for outcome in done),
+        "recipe": asdict(recipe),
+    }
+    write_json(home / "results.json", results)
+    results = json.loads((home / "results.json").read_text(encoding="utf-8"))  # what --from will see
+    show(results)
+    _write_report(recipe, home, results)
+    for name, what in {
+        "report.html": "the report",
+        "results.json": "all numbers",
+        "runs": "every run, with its translations",
+    }.items():
+        cluster.say(f"{what + ':':36} {home / name}")
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Prints the tables and the sentences of a comparison."""
+    print_table(report.score_table(results))
+    print_table(report.difference_table(results))
+    for sentence in report.readings(results):
+        cluster.say(f"- {sentence}")
+
+
+def show_file(path: Path) -> None:
+    """Prints the comparison that a results.json holds. Raises UserError for another file."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(results, dict) or "comparison" not in results:
+        raise UserError(f"{path} holds no comparison; compare writes one into the results.json of its run folder")
+    show(results)
+
+
+def _shown_order(outcomes: Outcomes) -> list[str]:
+    """The table's order: untuned, full and embed tuning, then as they ran."""
+    first = [key for key in ("untuned", "full_tuning", "embed_tuning") if key in outcomes]
+    return first + [key for key in outcomes if key not in first]
+
+
+def _distinct(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _tuned_file_bytes(home: Path, run: Mapping[str, Any]) -> int | None:
+    """What would have to be shipped: as the run says, or as the file of its adapter shows."""
+    if run["scores"].get("tuned_file_bytes") is not None:
+        return run["scores"]["tuned_file_bytes"]
+    folder = home / run["folder"]
+    adapter = folder / ("ticket" if run["stage"] == "partial_tuning" else f"checkpoints/{run['stage']}")
+    file = adapter / "adapter_model.safetensors"
+    return file.stat().st_size if file.is_file() else None
+
+
+def _lines(home: Path, run: Mapping[str, Any], name: str) -> list[str]:
+    """The sentences of a file of a run's translations."""
+    path = home / run["folder"] / "translations" / run["stage"] / f"{name}.txt"
+    try:
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; remove its run to have it made again") from None
+
+
+def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """sacrebleu's paired bootstrap of every entry against every baseline, seed by seed."""
+    tests: dict[str, Any] = {}
+    signatures: dict[str, str] = {}
+    seeds = list(dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed))
+    for seed in seeds:
+        # What is the same for all seeds has run with the first only.
+        of_seed = {key: by_seed.get(seed) or next(iter(by_seed.values())) for key, by_seed in runs.items()}
+        of_seed = {key: run for key, run in of_seed.items() if "scores" in run}
+        for baseline in report.BASELINES:
+            if baseline not in of_seed:
+                continue
+            references = _lines(home, of_seed[baseline], "references")
+            if len(references) < report.FEWEST_SENTENCES:
+                return {}, {}
+            for text, name in {"whole": "hypotheses", "first_line": "hypotheses_first_line"}.items():
+                hypotheses = {key: _lines(home, run, name) for key, run in of_seed.items()}
+                metrics = ("bleu", "chrf") if text == "whole" else ("bleu",)
+                found, signed = paired_bootstrap(hypotheses, references, baseline, tokenize, metrics)
+                signatures |= signed
+                for key, by_metric in found.items():
+                    place = tests.setdefault(baseline, {}).setdefault(key, {}).setdefault(seed, {})
+                    place[text] = {metric: asdict(tested) for metric, tested in by_metric.items()}
+    return tests, signatures
+
+
+def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> None:
+    comparison, stages = results["comparison"], results["stages"]
+    first_runs = {
+        key: next((run for run in comparison["runs"][key].values() if "scores" in run), None) for key in stages
+    }
+    first_runs = {key: first_runs[key] for key in comparison["order"] if first_runs.get(key)}
+    metrics = {}
+    for key, run in first_runs.items():
+        lines = (home / run["folder"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics[key] = [line for line in map(json.loads, lines) if line["stage"] == run["stage"]]
+    intervals = {key: report.interval(comparison, key) for key in first_runs}
+    ordered = {key: stages[key] for key in first_runs}
+    figures = {
+        "Scores with the 95 % intervals of the bootstrap": score_bars(results["baselines"] | ordered, intervals),
+        "Test loss against trained parameters": loss_against_size(ordered),
+        "Training loss with the first seed": loss_curves(report.curves(metrics)),
+    }
+    with Tracker(home, recipe) as tracker:
+        for caption, content in figures.items():
+            tracker.figure(caption, content)
+    notes = [*report.exceptions(comparison)]
+    if len(results["environments_of_runs"]) > 1:
+        notes.append("The runs were made on different software or hardware; the results.json of each says on which.")
+    pairs = {name: part["pairs"] for name, part in results["text"].items()}
+    seeds = ", ".join(map(str, comparison["seeds"]))
+    drawn = (figure(caption, content, f"f{number}") for number, (caption, content) in enumerate(figures.items()))
+    write_report(
+        home / "report.html",
+        title=f"Comparison: {Path(recipe.run_dir).name}",
+        recipe_yaml=(home / "recipe.yaml").read_text(encoding="utf-8"),
+        stages={},
+        ticket_rows=[],
+        figures={},
+        samples=_samples(home, first_runs),
+        notes=[],
+        summary=f"{what_was_run(recipe, pairs, {}, results['environment']['ranks'])} Seeds: {seeds}.",
+        sections=[
+            Section("Scores", table(report.score_table(results)) + sentences(*notes, *report.readings(results))),
+            Section("Differences", table(report.difference_table(results))),
+            Section("Figures", Markup("\n").join(drawn)),
+        ],
+        environment=results["environment"],
+    )
+
+
+def _samples(home: Path, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The first test sentences with every entry's translation, of the first seed."""
+    first = next(iter(runs.values()))
+    sources, references = (_lines(home, first, name)[:SAMPLES_SHOWN] for name in ("sources", "references"))
+    samples = [
+        {"source": source, "reference": reference} for source, reference in zip(sources, references, strict=True)
+    ]
+    for key, run in runs.items():
+        for sample, line in zip(samples, _lines(home, run, "hypotheses"), strict=False):
+            sample[key] = line
+    return samples

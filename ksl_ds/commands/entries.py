@@ -1,0 +1,202 @@
+"""What a comparison runs: its entries, the recipe of each, and what a run folder already holds of it.
+
+An entry with a seed is an ordinary run in a folder of its own, `runs/ENTRY-seedN`, with the recipe that `tune` or `lottery`
+would take for it. So a stopped comparison loses at most the entry it was at, and any entry can be looked at, repeated or
+certified by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import NEEDS_EMBED, Compare, Recipe
+from ksl_ds.report.tracking import clean
+
+# method of `compare.methods`: (the entry's key, the stage that its run scores)
+ENTRIES = {
+    "untuned": ("untuned", "untuned"),
+    "full": ("full_tuning", "full_tuning"),
+    "embed": ("embed_tuning", "embed_tuning"),
+    "transfer": ("partial_transfer", "partial_transfer"),
+    "ticket": ("partial_tuning", "partial_tuning"),
+    "top_k": ("rows_of_largest_D", "partial_tuning"),
+    "frequency": ("rows_by_frequency", "partial_tuning"),
+    "random": ("rows_at_random", "partial_tuning"),
+    "shift_norm": ("rows_by_shift_norm", "partial_tuning"),
+    "shift_ratio": ("rows_by_shift_ratio", "partial_tuning"),
+    "newline": ("one_row:_newline", "partial_tuning"),
+    "bos": ("one_row:_BOS", "partial_tuning"),
+    "first_prompt_token": ("one_row:_first_prompt_token", "partial_tuning"),
+    "lora": ("lora", "lora"),
+    "prefix": ("prefix_tuning", "prefix_tuning"),
+}
+OF_ALPHA = ("transfer", "ticket")
+ONE_ROW = ("newline", "bos", "first_prompt_token")
+# Where recipes may differ and still describe the same training and scores, and sections that only some methods read.
+NO_MATTER = {
+    "run_dir", "verbose", "tracking", "num_ranks", "resume", "checkpoint", "compare", "method", "ticket",
+}  # fmt: skip
+READ_BY = {
+    "embed_tuning": ("embed", *NEEDS_EMBED),
+    "partial_tuning": ("ticket", *NEEDS_EMBED[2:], *ONE_ROW),
+    "draw": ("embed", *NEEDS_EMBED),
+    "full_tuning": ("full",),
+    "lora": ("lora",),
+    "prefix": ("prefix",),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the comparison's table: a method, for tickets at a level."""
+
+    method: str
+    alpha: float | None = None
+
+    @property
+    def key(self) -> str:
+        """In results.json and, with spaces, in tables: partial_tuning_alpha_0.05."""
+        name = ENTRIES[self.method][0]
+        return name if self.alpha is None else f"{name}_alpha_{self.alpha:g}"
+
+    @property
+    def stage(self) -> str:
+        """What its run calls it in results.json."""
+        return ENTRIES[self.method][1]
+
+    @property
+    def needs_embed(self) -> bool:
+        """Whether its rows, or how many there are, follow from embed tuning with the same seed."""
+        return self.method in NEEDS_EMBED
+
+    def folder(self, home: Path, seed: int) -> Path:
+        return home / "runs" / f"{self.key.replace(':_', '_')}-seed{seed}"
+
+    def recipe(self, recipe: Recipe, home: Path, seed: int, num_rows: int | None) -> Recipe:
+        """The recipe of its run: the comparison's, with this seed, and with the choice of rows written out.
+
+        All seeds see the same pairs: which are taken is decided by `text.seed`, by default the comparison's own seed.
+        """
+        own = copy.deepcopy(recipe)
+        own.run_dir, own.seed, own.compare, own.ticket = str(self.folder(home, seed)), seed, Compare(), None
+        own.resume = "auto"
+        own.text.seed = recipe.seed if recipe.text.seed is None else recipe.text.seed
+        own.tracking.name = f"{recipe.tracking.name or Path(recipe.run_dir).name}-{self.key}-seed{seed}"
+        if self.method in ("embed", "full", "lora", "prefix"):
+            own.method = self.method  # type: ignore[assignment]
+        elif self.method != "untuned":
+            own.method = "ticket"
+            own.draw.every = own.draw.stop_when_settled = None
+        if self.alpha is not None:
+            own.draw.selection, own.draw.alpha = "alpha", self.alpha
+        elif self.needs_embed:
+            own.draw.selection, own.draw.top_k = self.method, num_rows  # type: ignore[assignment]
+        return own
+
+
+def entries_of(compare: Compare) -> list[Entry]:
+    """The rows of the table, in the order in which they run: embed tuning first, since tickets need it."""
+    order = ["untuned", "embed", "transfer", "ticket"]
+    methods = [name for name in order if name in compare.methods]
+    methods += [name for name in ENTRIES if name in compare.methods and name not in order]
+    return [
+        Entry(method, alpha)
+        for method in methods
+        for alpha in (compare.alphas if method in OF_ALPHA else [None])  # type: ignore[list-item]
+    ]
+
+
+def seeds_of(entry: Entry, compare: Compare) -> list[int]:
+    """The seeds that an entry runs with: nothing about the untuned model depends on one."""
+    return compare.seeds[:1] if entry.method == "untuned" else compare.seeds
+
+
+def home_of(recipe: Recipe) -> Path:
+    """Where a comparison lies: its run folder, or `compare/` within the run folder of a lottery, whose stages it reuses.
+
+    Raises
+    ------
+    UserError
+        For a folder that holds something else.
+    """
+    run_dir = Path(recipe.run_dir)
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return run_dir
+    if (run_dir / "runs").is_dir():
+        return run_dir
+    if (run_dir / "results.json").is_file() and (run_dir / "recipe.yaml").is_file():
+        return run_dir / "compare"
+    raise UserError(f"run_dir {run_dir} holds neither a comparison nor a finished run; choose another run_dir")
+
+
+def finished(entry: Entry, folder: Path, wanted: Recipe) -> dict[str, Any] | None:
+    """The results.json of a run that has scored an entry as `wanted` asks; None where there is none.
+
+    Raises
+    ------
+    UserError
+        When the run there was of another recipe.
+    """
+    results = read_results(folder)
+    if results is None or entry.stage not in results.get("stages", {}):
+        return None
+    difference = differs(results["recipe"], wanted, entry.method)
+    if difference:
+        raise UserError(
+            f"{folder} holds a run of another recipe: {difference}; move it away to run it again, or choose another run_dir"
+        )
+    return results
+
+
+def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, Any] | None:
+    """The results.json of a lottery (or `tune`) that has scored an entry as `wanted` asks; None where none has.
+
+    A lottery of another recipe is no mistake here: its stages are not taken.
+    """
+    results = read_results(run_dir)
+    if entry.method not in ("untuned", "embed", *OF_ALPHA) or results is None:
+        return None
+    theirs = results.get("recipe", {})
+    if entry.stage not in results.get("stages", {}) or theirs.get("seed") != wanted.seed:
+        return None
+    drawn, own = theirs["draw"], clean(wanted)["draw"]
+    if entry.alpha is not None:
+        # It looked at tickets while it trained, which changed nothing unless it stopped there.
+        drawn = {**drawn, "every": None, "top_k": own["top_k"]}
+    if drawn != own:
+        return None
+    text = {**theirs["text"], "seed": wanted.text.seed}
+    same_text = theirs["text"].get("seed") in (None, wanted.text.seed) and theirs["seed"] == wanted.text.seed
+    return results if same_text and not differs({**theirs, "text": text, "draw": drawn}, wanted, entry.method) else None
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """The results.json in a folder; None where there is none."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{folder / 'results.json'} is no JSON: {error}") from None
+
+
+def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str) -> str:
+    """The first key in which a recorded recipe differs from a wanted one as far as `method` reads it; empty for none."""
+    mine = clean(wanted)
+    skipped = NO_MATTER | {section for section, methods in READ_BY.items() if method not in methods}
+    for name in sorted(mine.keys() - skipped):
+        left, right = theirs.get(name), mine[name]
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            name, left, right = next(
+                ((f"{name}.{key}", left.get(key), right[key]) for key in sorted(right) if left.get(key) != right[key]),
+                (name, None, None),
+            )
+        if left != right:
+            return f"{name} is {left} there and {right} here"
+    return ""

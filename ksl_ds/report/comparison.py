@@ -1,0 +1,227 @@
+"""A comparison as people read it: its tables and its sentences, from the `comparison` of results.json and nothing else.
+
+So `ksl-ds compare --from results.json` prints what the run printed. Numbers are means over seeds with their sample standard
+deviation. A difference is called significant when the paired bootstrap finds p < .05 with every seed, in one direction: the
+bootstrap covers the choice of test sentences, the seeds cover the order of training, and no single p covers both.
+
+results.json, section `comparison`:
+    order        keys of the entries, as the table shows them
+    seeds        of the runs
+    runs         by key and seed: {folder, stage, scores} and same_as where another entry's run serves, or {missing: why}
+    tests        by baseline, key and seed: {whole, first_line}, each by metric the fields of text/significance.py's Tested
+    signatures   sacrebleu's, by metric
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from ksl_ds.report.html import learned_to_stop
+from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, file_size, stage_name
+
+LEVEL = 0.05
+FEWEST_SENTENCES = 30  # of a test text that resampling can say something about
+BASELINES = ("embed_tuning", "full_tuning", "untuned")
+WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
+SPREAD_NOTE = "± is the standard deviation over {} seeds."
+Results = Mapping[str, Any]  # a whole results.json
+
+
+def mean_stages(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Means over the seeds by entry, as `stages` of results.json; `spread` holds standard deviations, `seeds` their number.
+
+    Entries without any result are left out.
+    """
+    stages = {}
+    for key in comparison["order"]:
+        runs = [run["scores"] for run in comparison["runs"][key].values() if "scores" in run]
+        if not runs:
+            continue
+        numbers = {
+            name: [run.get(name) for run in runs]
+            for name, value in runs[0].items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        known = {name: [value for value in values if value is not None] for name, values in numbers.items()}
+        stages[key] = {
+            **{name: statistics.fmean(values) for name, values in known.items()},
+            "signatures": runs[0].get("signatures", {}),
+            "spread": {name: statistics.stdev(values) if len(values) > 1 else None for name, values in known.items()},
+            "seeds": len(runs),
+        }
+    return stages
+
+
+def score_table(results: Results) -> Table:
+    """What each entry costs and scores, copying the source first."""
+    comparison, stages = results["comparison"], results["stages"]
+    columns = [Column("", numeric=False)]
+    for column, key, _ in STAGE_COLUMNS:
+        columns.append(column)
+        if key == "trained_parameters":
+            columns.append(Column("tuned file", optional=True))
+    rows = [
+        [stage_name(key), *_cells({} if key in missing_entries(comparison) else shown)]
+        for key, shown in (results["baselines"] | {key: stages.get(key, {}) for key in comparison["order"]}).items()
+    ]
+    notes = list(STAGE_NOTES)
+    if len(comparison["seeds"]) > 1:
+        notes.insert(0, SPREAD_NOTE.format(len(comparison["seeds"])))
+    return Table("Scores on the held-out text", columns, rows, notes + exceptions(comparison))
+
+
+def _cells(stage: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for _, key, show in STAGE_COLUMNS:
+        spread = stage.get("spread", {}).get(key)
+        with_spread = key in WITH_SPREAD and spread is not None
+        cells.append(show(stage.get(key)) + (f" ±{decimals(WITH_SPREAD[key])(spread)}" if with_spread else ""))
+        if key == "trained_parameters":
+            cells.append(file_size(stage.get("tuned_file_bytes")))
+    return cells
+
+
+def missing_entries(comparison: Mapping[str, Any]) -> list[str]:
+    """The keys of entries without a result with any seed."""
+    return [key for key in comparison["order"] if not any("scores" in run for run in comparison["runs"][key].values())]
+
+
+def exceptions(comparison: Mapping[str, Any]) -> list[str]:
+    """What has no result and why, and what shares another entry's result: a sentence for each reason."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for key in comparison["order"]:
+        for seed, run in comparison["runs"][key].items():
+            reason = run.get("missing")
+            if reason is None and "same_as" in run:
+                reason = f"the same rows as {stage_name(run['same_as'])}, hence the same run"
+            if reason is not None:
+                by_reason.setdefault(reason, {}).setdefault(key, []).append(seed)
+    return [
+        f"{', '.join(f'{stage_name(key)} ({_seeds(seeds)})' for key, seeds in keys.items())}: {reason.rstrip('.')}."
+        for reason, keys in by_reason.items()
+    ]
+
+
+def _seeds(seeds: list[str]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}"
+
+
+def baselines_tested(comparison: Mapping[str, Any]) -> list[str]:
+    return [name for name in BASELINES if name in comparison["tests"]]
+
+
+def difference(tests: Mapping[str, Any], text: str = "whole", metric: str = "bleu") -> tuple[float, float, bool]:
+    """Of one entry against one baseline: the mean difference, the largest p of any seed, and whether it is significant."""
+    found = [test[text][metric] for test in tests.values()]
+    differences = [test["difference"] for test in found]
+    largest = max(test["p"] for test in found)
+    one_direction = min(differences) > 0 or max(differences) < 0
+    return statistics.fmean(differences), largest, one_direction and largest < LEVEL
+
+
+def interval(comparison: Mapping[str, Any], key: str, metric: str = "bleu") -> tuple[float, float] | None:
+    """The 95 % interval of a score that covers the bootstrap intervals of all seeds; None without a test."""
+    for baseline in baselines_tested(comparison):
+        if key in comparison["tests"][baseline]:
+            found = [test["whole"][metric] for test in comparison["tests"][baseline][key].values()]
+            return (
+                min(test["mean"] - test["half_width"] for test in found),
+                max(test["mean"] + test["half_width"] for test in found),
+            )
+    return None
+
+
+def difference_table(results: Results) -> Table:
+    """BLEU with its interval, and against embed tuning, full tuning and the untuned model the differences and their p."""
+    comparison = results["comparison"]
+    baselines = baselines_tested(comparison)
+    columns = [Column("", numeric=False), Column("BLEU, 95 % interval")]
+    for baseline in baselines:
+        name, side = stage_name(baseline), baseline == "untuned"
+        columns += [Column(f"against {name}", optional=side), Column("p", optional=side)]
+        columns += [Column("on first lines", optional=True), Column("p", optional=True)]
+    rows = []
+    for key in comparison["order"]:
+        if key in missing_entries(comparison):
+            continue
+        bounds = interval(comparison, key)
+        cells = [stage_name(key), DASH if bounds is None else f"{max(0.0, bounds[0]):.1f} to {bounds[1]:.1f}"]
+        for baseline in baselines:
+            tests = comparison["tests"][baseline].get(key)
+            for text in ("whole", "first_line"):
+                if key == baseline or tests is None:
+                    cells += [DASH, DASH]
+                    continue
+                mean, p, significant = difference(tests, text)
+                cells += [f"{mean:+.1f}{'*' if significant else ''}", p_value(p)]
+        rows.append(cells)
+    notes = [
+        "Differences in BLEU by sacrebleu's paired bootstrap over test sentences; p is the largest of the seeds, the interval "
+        "covers those of all seeds. *: p < .05 with every seed, in one direction.",
+        "The tests are not corrected for their number: of twenty between equal methods, one finds a difference.",
+    ]
+    return Table("Differences in BLEU, and how likely chance is to make them", columns, rows, notes)
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}"
+
+
+def readings(results: Results) -> list[str]:
+    """The comparison in words: what is significant, what only learned to stop, what loses to copying the source."""
+    comparison = results["comparison"]
+    sentences = []
+    for baseline in baselines_tested(comparison):
+        for text, name in (("whole", "BLEU"), ("first_line", "first-line BLEU")):
+            groups: dict[str, list[str]] = {"above": [], "not different": [], "below": []}
+            for key in comparison["order"]:
+                tests = comparison["tests"][baseline].get(key)
+                if key == baseline or key in BASELINES[2:] or tests is None:
+                    continue
+                mean, _, significant = difference(tests, text)
+                groups["not different" if not significant else "above" if mean > 0 else "below"].append(stage_name(key))
+            said = [
+                f"{'no significant difference' if group == 'not different' else f'significantly {group} it'}: "
+                f"{', '.join(names)}"
+                for group, names in groups.items()
+                if names
+            ]
+            if said:
+                sentences.append(f"{name} against {stage_name(baseline)}: {'; '.join(said)}.")
+    if not comparison["tests"]:
+        sentences.append(
+            f"With fewer than {FEWEST_SENTENCES} test sentences no bootstrap says anything: none was made."
+        )
+    stages, untuned = results["stages"], results["stages"].get("untuned", {})
+    trained = [key for key in comparison["order"] if key in stages and key != "untuned"]
+    sentences += [
+        f"{stage_name(key)}: learned to stop. {stopping}"
+        for key in trained
+        if (stopping := learned_to_stop(stages[key], untuned))
+    ]
+    copying = results["baselines"].get("copying_source", {})
+    for what, other, worse in (
+        ("chrf", copying, f"chrF++ not above that of copying the source ({copying.get('chrf', 0):.1f})"),
+        ("test_loss", untuned, f"test loss not below the untuned model's ({untuned.get('test_loss', 0):.3f})"),
+    ):
+        sign = 1 if what == "chrf" else -1
+        names = [
+            stage_name(key)
+            for key in trained
+            if other.get(what) is not None and sign * stages[key][what] <= sign * other[what]
+        ]
+        if names:
+            sentences.append(f"{worse}: {', '.join(names)}.")
+    return sentences
+
+
+def curves(metrics: Mapping[str, list[Mapping[str, Any]]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Training losses by entry, (steps, losses), from the lines of each run's metrics.jsonl."""
+    found = {}
+    for key, lines in metrics.items():
+        points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+        if points:
+            found[key] = ([step for step, _ in points], [loss for _, loss in points])
+    return found
