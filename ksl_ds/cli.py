@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from ksl_ds import __version__
-from ksl_ds.errors import UserError
+from ksl_ds.errors import Interrupted, UserError
 
 # command: (what it does, how it is called)
 COMMANDS = {
@@ -40,7 +41,7 @@ SCHEMA = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 when it worked, 2 after a user's mistake."""
+    """Runs a command; 0 when it worked, 2 after a user's mistake, 143 when SIGTERM or SIGUSR1 ended it in order."""
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         _command(command, rest)()
     except UserError as error:
         return _fail(str(error))
+    except Interrupted as error:
+        _fail(str(error))
+        return 128 + signal.SIGTERM
     return 0
 
 

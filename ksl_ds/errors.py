@@ -1,5 +1,9 @@
-"""The one exception that means "the user must change something": shown as one line, never as a traceback."""
+"""The exceptions that end a run with one line, never with a traceback."""
 
 
 class UserError(ValueError):
     """A mistake in a recipe, a file or a command line. The message says what is wrong, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end, has saved what it needs to go on, and ends. The message says how to go on."""

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, for every room."""
+"""Writing files whole or not at all, for every room."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from ksl_ds.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file in UTF-8 or nothing; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))  # half a surrogate pair becomes "?"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a whole file or nothing.
 
     Raises
@@ -20,8 +25,8 @@ def write_text(path: Path, text: str) -> None:
     path = Path(path)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
     try:
-        with draft.open("w", encoding="utf-8", errors="replace") as file:  # half a surrogate pair becomes "?"
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -30,3 +35,12 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ksl_ds.errors import UserError
+from ksl_ds.files import write_text
 
 PACKAGE_DIR = Path(__file__).parent
 
@@ -93,6 +94,9 @@ class EmbedTuning(Tuning):
 class PartialTuning(Tuning):
     learning_rate: float = key(1e-2, "peak learning rate of AdamW")
     epochs: float = key(5.0, "passes over the training text")
+    mode: Literal["rows", "hooks"] = key(
+        "rows", "rows: a parameter of the ticket's size; hooks: the whole matrix, with gradients of other rows dropped"
+    )
 
 
 @dataclass
@@ -186,10 +190,21 @@ class Compare:
 
 
 @dataclass
+class Checkpoint:
+    every: Optional[int] = key(
+        None, "steps between two checkpoints of a training; empty: only when SIGTERM or SIGUSR1 asks the run to end"
+    )
+    keep_last: int = key(2, "checkpoints of a training to keep, the newest; all go when its stage is complete")
+
+
+@dataclass
 class Recipe:
     """A run of `lottery`, `tune`, `evaluate` or `compare`."""
 
     run_dir: str = key(MISSING, "folder that this run creates; everything it writes lies there")
+    resume: Literal["never", "auto"] = key(
+        "never", "auto: goes on with the run that run_dir holds, if any, from its last complete stage or checkpoint"
+    )
     seed: int = key(0, "of data order, dropout and controls")
     verbose: bool = key(False, "show what DeepSpeed, transformers and wandb log")
     deepspeed: str = key("zero3.json", "DeepSpeed JSON: a path, or a name in ds_configs/")
@@ -205,6 +220,7 @@ class Recipe:
     prefix: Prefix = key(Prefix, "method prefix, by PEFT")
     evaluation: Evaluation = key(Evaluation, "translation and scores")
     tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
+    checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
     compare: Compare = key(Compare, "what `compare` puts side by side")
     method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
     ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket` and for `evaluate`")
@@ -248,6 +264,23 @@ def dotted_keys(section: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
             default = entry.default if entry.default is not dataclasses.MISSING else factory()  # type: ignore[misc]
             keys[prefix + entry.name] = (default, entry.metadata["help"])
     return keys
+
+
+def differing_keys(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two recipes differ, with both values."""
+
+    def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+        keys: dict[str, Any] = {}
+        for name, value in section.items():
+            keys |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return keys
+
+    ours, theirs = (flat(dataclasses.asdict(recipe)) for recipe in (left, right))
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    }
 
 
 def shipped_file(name: str, folder: str) -> Path:
@@ -353,6 +386,8 @@ def check_recipe(recipe: Recipe) -> None:
         "evaluation.num_beams": recipe.evaluation.num_beams,
         "evaluation.max_new_tokens": recipe.evaluation.max_new_tokens,
         "num_ranks": recipe.num_ranks,
+        "checkpoint.every": recipe.checkpoint.every,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
     }
     for name, tuning in tunings.items():
         positive |= {f"{name}.learning_rate": tuning.learning_rate, f"{name}.epochs": tuning.epochs}
@@ -420,5 +455,5 @@ TUNING_OF_METHOD = {
 
 
 def save_recipe(recipe: Any, path: Path) -> None:
-    """Writes the complete, resolved recipe; `load_recipe` of that file gives the same recipe."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    """Writes the complete, resolved recipe; `load_recipe` of that file gives the same recipe. Raises UserError."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))

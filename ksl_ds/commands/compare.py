@@ -10,14 +10,12 @@ Legend: V tokens, D coordinates of a row, K chosen rows.
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ksl_ds.commands.comparison import finish
@@ -31,10 +29,19 @@ from ksl_ds.commands.entries import (
     scored_by_lottery,
     seeds_of,
 )
-from ksl_ds.commands.stages import token_frequency, tune_adapter, tune_all, tune_embedding, tune_ticket
+from ksl_ds.commands.stages import (
+    DRAW_FILE,
+    save_ticket,
+    token_frequency,
+    tune_adapter,
+    tune_all,
+    tune_embedding,
+    tune_ticket,
+)
 from ksl_ds.errors import UserError
-from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, explain_empty, make_ticket, measure_shift
-from ksl_ds.model.folder import ModelFolder, local_folder, token_strings
+from ksl_ds.lottery.shift import load_shift
+from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, explain_empty, make_ticket
+from ksl_ds.model.folder import ModelFolder, token_strings
 from ksl_ds.recipe import Recipe, save_recipe
 from ksl_ds.report.tables import stage_name
 from ksl_ds.sharding import cluster
@@ -100,7 +107,9 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
         if "missing" in embedded:
             return {"missing": "embed tuning with this seed did not succeed, and its rows are needed", "failed": True}
         if seed not in comparison.shifts:
-            comparison.shifts[seed] = _on_main(lambda: read_shift(recipe, home / embedded["folder"]))
+            comparison.shifts[seed] = _on_main(
+                lambda: load_shift(home / embedded["folder"] / "checkpoints" / DRAW_FILE)
+            )
         shift = comparison.shifts[seed]
         if entry.method in (*OF_ALPHA, "top_k"):
             draw = entry.recipe(recipe, home, seed, rows_of_controls(recipe, shift)).draw
@@ -116,9 +125,6 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     if outcome is not None:
         cluster.say(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
         return outcome
-    with cluster.together():
-        if cluster.is_main():
-            shutil.rmtree(folder, ignore_errors=True)  # of a comparison that was stopped here
     try:
         _run_entry(comparison, entry, seed, wanted)
     except UnavailableRow as error:
@@ -176,8 +182,9 @@ def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) 
             tune_adapter(run)
         elif entry.method == "transfer":
             ticket = _ticket(comparison, entry, seed, run, shard)
+            save_ticket(run, ticket, run.dir / "ticket")
             shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-            evaluate_stage(run, entry.stage, trained_parameters=ticket.rows_KD.numel())
+            evaluate_stage(run, entry.stage, trained_parameters=ticket.rows_KD.numel(), tuned=run.dir / "ticket")
         else:
             tune_ticket(run, shard, _ticket(comparison, entry, seed, run, shard))
 
@@ -234,19 +241,6 @@ def rows_of_controls(recipe: Recipe, shift: Shift) -> int:
         return recipe.compare.rows
     drawn = choose_rows(shift, selection="alpha", alpha=recipe.draw.alpha, method=recipe.draw.method)
     return len(drawn) or recipe.draw.top_k
-
-
-def read_shift(recipe: Recipe, folder: Path) -> Shift:
-    """What an embed tuning found: from the numbers that it left, or by testing the model that it left."""
-    numbers = folder / "checkpoints" / "draw.safetensors"
-    tuned = ModelFolder(folder / "checkpoints" / "embed_tuning")
-    num_rows, num_samples = tuned.shape(tuned.embedding_name)
-    if numbers.is_file():
-        vectors = load_file(numbers)
-        return Shift(vectors["count"], vectors["shift_norm"], vectors["shift_ratio"], num_samples, "float32")
-    base = ModelFolder(local_folder(recipe.model.path, recipe.model.revision))
-    before_VD = base.read_rows(base.embedding_name, 0, num_rows)
-    return measure_shift(before_VD, tuned.read_rows(tuned.embedding_name, 0, num_rows))
 
 
 def _embed_tuned_rows(folder: Path, ids_K: Tensor) -> Tensor:

@@ -42,10 +42,6 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         }
         for key in order
     }
-    for by_seed in runs.values():
-        for run in by_seed.values():
-            if "scores" in run:
-                run["scores"] = {**run["scores"], "tuned_file_bytes": _tuned_file_bytes(home, run)}
     cluster.say("testing differences")
     tests, signatures = _tests(home, runs, recipe.evaluation.tokenize)
     comparison = {
@@ -109,16 +105,6 @@ def _distinct(values: Any) -> list[Any]:
         if value not in found:
             found.append(value)
     return found
-
-
-def _tuned_file_bytes(home: Path, run: Mapping[str, Any]) -> int | None:
-    """What would have to be shipped: as the run says, or as the file of its adapter shows."""
-    if run["scores"].get("tuned_file_bytes") is not None:
-        return run["scores"]["tuned_file_bytes"]
-    folder = home / run["folder"]
-    adapter = folder / ("ticket" if run["stage"] == "partial_tuning" else f"checkpoints/{run['stage']}")
-    file = adapter / "adapter_model.safetensors"
-    return file.stat().st_size if file.is_file() else None
 
 
 def _lines(home: Path, run: Mapping[str, Any], name: str) -> list[str]:

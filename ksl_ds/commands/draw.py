@@ -17,6 +17,7 @@ from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import gather_shift
 from ksl_ds.sharding.geometry import even_rows
+from ksl_ds.sharding.rows import Traffic
 
 BLOCK_BYTES = 64 << 20  # of one checkpoint's rows at once
 
@@ -94,9 +95,12 @@ def checkpoint_shift(before: ModelFolder, after: ModelFolder) -> Shift:
     with cluster.progress(range(own.start, max(own.stop, own.start + 1), block), "drawing") as starts:
         for start in starts:
             stop = min(start + block, own.stop)
-            rows_BD = [folder.read_rows(folder.embedding_name, start, stop) for folder in (before, after)]
             try:
+                rows_BD = [folder.read_rows(folder.embedding_name, start, stop) for folder in (before, after)]
                 parts.append(measure_shift(*rows_BD, first_row=start))
+            except UserError as error:
+                message = str(error)
+                break
             except ValueError as error:
                 message = f"{before.path} and {after.path}: {error}"
                 break
@@ -108,4 +112,4 @@ def checkpoint_shift(before: ModelFolder, after: ModelFolder) -> Shift:
         width,
         parts[0].tested_dtype,
     )
-    return gather_shift(own_shift, own.start, num_rows)
+    return gather_shift(own_shift, own.start, num_rows, Traffic())

@@ -85,6 +85,7 @@ class Entry:
         """
         own = copy.deepcopy(recipe)
         own.run_dir, own.seed, own.compare, own.ticket = str(self.folder(home, seed)), seed, Compare(), None
+        own.resume = "auto"
         own.text.seed = recipe.seed if recipe.text.seed is None else recipe.text.seed
         own.tracking.name = f"{recipe.tracking.name or Path(recipe.run_dir).name}-{self.key}-seed{seed}"
         if self.method in ("embed", "full", "lora", "prefix"):

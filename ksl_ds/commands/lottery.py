@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ksl_ds.commands.stages import save_ticket, token_frequency, tune_embedding, tune_ticket
+from ksl_ds.commands.stages import token_frequency, tune_embedding, tune_ticket
 from ksl_ds.commands.summary import show_stages, summarise
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import explain_empty
@@ -33,9 +33,13 @@ def run(recipe: Recipe) -> None:
 
         # 2. Partial transfer: the drawn rows in the base model, nothing trained again.
         shard.write(base_RD)
-        save_ticket(run, drawn, run.dir / "checkpoints" / "partial_transfer")
         shard.write_rows(torch.tensor(drawn.token_ids), drawn.rows_KD)
-        evaluate_stage(run, "partial_transfer", trained_parameters=drawn.rows_KD.numel())
+        evaluate_stage(
+            run,
+            "partial_transfer",
+            trained_parameters=drawn.rows_KD.numel(),
+            tuned=run.dir / "checkpoints" / "partial_transfer",
+        )
 
         # 3. Partial tuning: the drawn rows alone, from the base weights.
         shard.write(base_RD)

@@ -1,44 +1,55 @@
 """The stages of the method, each one training run on an open run. `lottery` chains them, `tune` runs one.
 
+A stage is done when results.json has it, and what it leaves in files is then complete; a run that is gone on with takes it
+from there. A stage cut off before that is trained from its last checkpoint and leaves its files anew.
+
 Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError
+from ksl_ds.lottery.shift import load_shift, save_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.model.adapters import save_adapter, with_adapter
 from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
 from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
-from ksl_ds.model.rows import train_only_rows
+from ksl_ds.model.rows import TrainedRows, train_only_rows
+from ksl_ds.model.ticket_rows import TicketRows
 from ksl_ds.sharding import cluster
-from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard
+from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluate import evaluate_stage
 from ksl_ds.training.loop import train
 from ksl_ds.training.run import Run, numel
 
 SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
+DRAW_FILE = "draw.safetensors"
 
 
 def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift, Ticket]:
     """Embed tuning: the whole input embedding trains, all else is frozen.
 
-    Leaves the tuned weights in the model and in `checkpoints/embed_tuning`. Returns what the KS test against `before_RD`,
-    this rank's rows before, found, and the ticket, possibly an empty one. They are drawn from the fp32 master weights,
-    hence while the engine lives.
+    Returns what the KS test against `before_RD`, this rank's rows before, found, and the ticket, possibly an empty one. They
+    are drawn from the fp32 master weights, hence while the engine lives. Leaves, in `checkpoints/`, the tuned model
+    (`embed_tuning`), the test of all tokens (`draw.safetensors`) and a ticket that is not empty (`partial_transfer`); and
+    the tuned weights in the model, unless the stage was done before.
     """
     embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
+    checkpoints = run.dir / "checkpoints"
+    if "embed_tuning" in run.stages:
+        return load_draw(run, shard)
     frequency_V = token_frequency(run)
 
     def at_end() -> tuple[Shift, Ticket]:
-        save_embedding(run, shard, run.dir / "checkpoints" / "embed_tuning")
-        return draw_from_shard(
+        save_embedding(run, shard, checkpoints / "embed_tuning")
+        shift, ticket = draw_from_shard(
             shard,
             before_RD,
             recipe.draw,
@@ -48,6 +59,12 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
             embedding_scope=recipe.model.embedding_scope,
             source={"stage": "embed_tuning", "base": recipe.model.path},
         )
+        with cluster.together():
+            if cluster.is_main():
+                save_shift(shift, checkpoints / DRAW_FILE)
+        if ticket.token_ids:
+            save_ticket(run, ticket, checkpoints / "partial_transfer")
+        return shift, ticket
 
     cluster.reset_peak_memory()
     outcome, drawn = train(
@@ -56,71 +73,115 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
         stage="embed_tuning",
         tuning=recipe.embed_tuning,
         at_end=at_end,
-        after_step=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
+        monitor=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
     )
-    if outcome.steps < outcome.planned_steps:
+    if outcome.settled:
         cluster.say(
             f"embed tuning ended after {outcome.steps} of {outcome.planned_steps} steps: the ticket had settled"
         )
-    evaluate_stage(run, "embed_tuning", trained_parameters=numel(embedding), outcome=outcome)
+    evaluate_stage(
+        run,
+        "embed_tuning",
+        trained_parameters=numel(embedding),
+        outcome=outcome,
+        tuned=checkpoints / "embed_tuning",
+    )
     return drawn
 
 
 def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> None:
-    """Partial tuning: the ticket's rows alone train, from the base weights.
+    """Partial tuning: the ticket's rows alone train, from the base weights, which the model holds.
 
     Leaves the tuned rows in the model and, as a ticket, in `ticket/`.
     """
-    embedding, tuning = run.model.get_input_embeddings().weight, run.recipe.partial_tuning
-    ids_K = torch.tensor(ticket.token_ids)
-    trained_rows = train_only_rows(run.model, ids_K)
+    if "partial_tuning" in run.stages:
+        return
+    tuning, ids_K = run.recipe.partial_tuning, torch.tensor(ticket.token_ids)
+    base_KD = shard.read_rows(ids_K)
+    trained_rows: TicketRows | TrainedRows
     cluster.reset_peak_memory()
+    if tuning.mode == "rows":
+        trained_rows = ticket_rows = TicketRows(run.model, ids_K, base_KD)
+        parameters = [ticket_rows.delta_KD]
+
+        def tuned_rows() -> Tensor:
+            return ticket_rows.moved(RowShard(ticket_rows.delta_KD).read_rows(torch.arange(len(ids_K))))
+    else:
+        trained_rows, ticket_rows = train_only_rows(run.model, ids_K, base_KD), None
+        parameters = [run.model.get_input_embeddings().weight]
+
+        def tuned_rows() -> Tensor:
+            return shard.read_rows(ids_K)
+
     try:
         outcome, rows_KD = train(
             run,
-            [embedding],
+            parameters,
             stage="partial_tuning",
             tuning=tuning,
-            at_end=lambda: shard.read_rows(ids_K),
+            at_end=tuned_rows,
+            ticket_rows=ticket_rows,
         )
     finally:
         trained_rows.remove()
+    if tuning.mode == "rows":
+        shard.write_rows(ids_K, rows_KD)
     tuned = ticket.with_rows(rows_KD, stage="partial_tuning", steps=outcome.steps)
     save_ticket(run, tuned, run.dir / "ticket")
-    evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome)
+    evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome, tuned=run.dir / "ticket")
 
 
 def tune_all(run: Run) -> None:
     """Full tuning: every parameter trains. Leaves a model folder in `checkpoints/full_tuning`."""
-    parameters = list(run.model.parameters())
+    if "full_tuning" in run.stages:
+        return
+    parameters, out = list(run.model.parameters()), run.dir / "checkpoints" / "full_tuning"
     cluster.reset_peak_memory()
     outcome, _ = train(
         run,
         parameters,
         stage="full_tuning",
         tuning=run.recipe.full_tuning,
-        at_end=lambda: save_model(run, run.dir / "checkpoints" / "full_tuning"),
+        at_end=lambda: save_model(run, out),
     )
-    evaluate_stage(run, "full_tuning", trained_parameters=sum(map(numel, parameters)), outcome=outcome)
+    evaluate_stage(run, "full_tuning", trained_parameters=sum(map(numel, parameters)), outcome=outcome, tuned=out)
 
 
 def tune_adapter(run: Run) -> None:
     """LoRA or prefix tuning by PEFT. Leaves PEFT's adapter folder in `checkpoints/`."""
     recipe = run.recipe
     stage = {"lora": "lora", "prefix": "prefix_tuning"}[recipe.method]
+    if stage in run.stages:
+        return
+    torch.manual_seed(recipe.seed)  # of the adapter's first values, the same on every rank
     with cluster.together():
         run.model = with_adapter(run.model, recipe)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    trained_parameters = sum(map(numel, parameters))
+    trained_parameters, out = sum(map(numel, parameters)), run.dir / "checkpoints" / stage
     cluster.reset_peak_memory()
     outcome, _ = train(
         run,
         parameters,
         stage=stage,
         tuning=getattr(recipe, recipe.method),
-        at_end=lambda: save_adapter(run.model, run.dir / "checkpoints" / stage),
+        at_end=lambda: save_adapter(run.model, out),
     )
-    evaluate_stage(run, stage, trained_parameters=trained_parameters, outcome=outcome)
+    evaluate_stage(run, stage, trained_parameters=trained_parameters, outcome=outcome, tuned=out)
+
+
+def load_draw(run: Run, shard: RowShard) -> tuple[Shift, Ticket]:
+    """What an embed tuning that is done has left: the test of all tokens, and the ticket drawn from it."""
+    recipe, checkpoints = run.recipe, run.dir / "checkpoints"
+    with cluster.together():
+        shift = load_shift(checkpoints / DRAW_FILE)
+        ids_K = ids_of_draw(shift, recipe.draw, seed=recipe.seed, frequency_V=token_frequency(run))
+    if len(ids_K):
+        return shift, load_ticket(run, shard, str(checkpoints / "partial_transfer"))
+    empty_KD = torch.empty(0, shard.row_length)
+    draw = recipe.draw
+    return shift, make_ticket(
+        shift, ids_K, empty_KD, empty_KD, selection=draw.selection, alpha=draw.alpha, method=draw.method
+    )
 
 
 def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
@@ -134,7 +195,8 @@ def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
             ticket.check_shape(shard.num_rows, shard.row_length)
         except (OSError, ValueError) as error:
             raise UserError(f"ticket {path}: {error}") from None
-    base_KD = shard.read_rows(torch.tensor(ticket.token_ids))
+    weight = run.model.get_input_embeddings().weight
+    base_KD = shard.read_rows(torch.tensor(ticket.token_ids)).to(weight.dtype)
     with cluster.together():
         try:
             ticket.check_base(base_KD, token_strings(run.tokenizer, ticket.token_ids))
@@ -176,7 +238,7 @@ def save_embedding(run: Run, shard: RowShard, out: Path) -> None:
             blocks_KD.append(block_KD)
     with cluster.together():
         if cluster.is_main():
-            out.parent.mkdir(exist_ok=True)
+            _make_way(out)
             rows_VD = torch.cat(blocks_KD)
             write_model_with_rows(run.folder, out, list(range(len(rows_VD))), rows_VD, run.recipe.model.embedding_scope)
 
@@ -193,8 +255,14 @@ def save_model(run: Run, out: Path) -> None:
     untied = run.folder.tied and not run.model.config.tie_word_embeddings
     with cluster.together():
         if cluster.is_main():
-            out.parent.mkdir(exist_ok=True)
+            _make_way(out)
             write_model(run.folder, out, tensors, {"tie_word_embeddings": False} if untied else None)
+
+
+def _make_way(out: Path) -> None:
+    """A stage that was cut off after saving leaves what it saved; it is written anew."""
+    out.parent.mkdir(exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ksl_ds.errors import UserError
+from ksl_ds.files import write_bytes
 from ksl_ds.lottery import selection as select
 from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
@@ -21,6 +26,7 @@ from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
 SELECTIONS = (
     "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio",
 )  # fmt: skip
+SHIFT_TENSORS = ("count", "shift_norm", "shift_ratio")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,24 @@ def measure_shift(
         ratios.append(ratio_B)
     tested = torch.promote_types(before_VD.dtype, after_VD.dtype)
     return Shift(count_V, torch.cat(norms), torch.cat(ratios), num_samples, dtype_name(tested))
+
+
+def save_shift(shift: Shift, path: Path) -> None:
+    """Writes a test of all tokens as safetensors, whole or not at all. Raises UserError."""
+    tensors = {name: getattr(shift, f"{name}_V").cpu().contiguous() for name in SHIFT_TENSORS}
+    metadata = {"num_samples": str(shift.num_samples), "tested_dtype": shift.tested_dtype}
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_shift(path: Path) -> Shift:
+    """Reads what `save_shift` wrote. Raises UserError for a file that is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {f"{name}_V": file.get_tensor(name) for name in SHIFT_TENSORS}
+            metadata = file.metadata()
+        return Shift(**tensors, num_samples=int(metadata["num_samples"]), tested_dtype=metadata["tested_dtype"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the KS test of all tokens: {error}") from None
 
 
 def shift_of_rows(before_BD: Tensor, after_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,10 +119,11 @@ class Ticket:
     def check_base(self, rows_KD: Tensor, tokens: Sequence[str | None] | None = None) -> None:
         """Raises ValueError unless a model with these rows at `token_ids` is the one that the ticket was drawn on.
 
-        `rows_KD` may be in another floating dtype than the base: the base values are rounded the same way. `tokens`
-        are the texts that the model's tokenizer gives the ticket's ids.
+        The coarser of the two dtypes decides: a base in float32 is recognised by a model that computes in bfloat16, and
+        the other way round. `tokens` are the texts that the model's tokenizer gives the ticket's ids.
         """
-        differs_K = differing_rows(rows_KD, self.base_rows_KD.to(rows_KD.dtype))
+        dtype = min(rows_KD.dtype, self.base_rows_KD.dtype, key=lambda dtype: dtype.itemsize)
+        differs_K = differing_rows(rows_KD.to(dtype), self.base_rows_KD.to(dtype))
         if differs_K.any():
             first = self.token_ids[int(differs_K.int().argmax())]
             raise ValueError(

@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ksl_ds.files import sync
+
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 TICKET_JSON, KS_TENSORS = "ticket.json", "ks.safetensors"
 FILES = {ADAPTER_CONFIG, ADAPTER_MODEL, TICKET_JSON, KS_TENSORS}
@@ -45,7 +47,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield draft
         for path in [*draft.rglob("*"), draft]:
-            _sync(path)
+            sync(path)
         aside = target.with_name(f".{target.name}.old-{os.getpid()}")
         if target.exists():
             target.rename(aside)
@@ -55,18 +57,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if aside.exists():
                 aside.rename(target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -5,7 +5,7 @@ is not enough: weight decay and momentum of an earlier phase move rows whose gra
 back after every optimizer step, on the part of the fp32 master weights that this rank steps; no rank sends anything.
 
 Exact and simple, but gradient and optimizer states keep the size of the whole matrix, and a step copies this rank's part
-of it twice.
+of it twice. Mode `rows` (ticket_rows.py) does without.
 
 Legend: V tokens, D coordinates, K chosen rows; `flat` tensors are parts of a flattened (V, D) weight.
 """
@@ -25,11 +25,11 @@ from ksl_ds.sharding.rows import master_part
 class TrainedRows:
     """What `train_only_rows` returns; `remove()` undoes it."""
 
-    def __init__(self, weight: nn.Parameter, ids: Tensor):
+    def __init__(self, weight: nn.Parameter, ids: Tensor, base_KD: Tensor | None):
         self.ids = ids  # (K,) int64, ascending
-        self._weight = weight
+        self._weight, self._base_KD = weight, base_KD
         self._before: Tensor | None = None  # this rank's part of the weight, during an optimizer step
-        self._base: Tensor | None = None  # the chosen rows' elements in it, as they were before the first step
+        self._base: Tensor | None = None  # the chosen rows' elements in it, which decay pulls towards
         self._handles = [
             weight.register_hook(self._keep_chosen_rows),
             register_optimizer_step_pre_hook(self._before_step),
@@ -55,7 +55,9 @@ class TrainedRows:
             return
         self._before = flat.clone()
         if self._base is None:
-            self._base = flat[self._chosen_elements(flat, start)].clone()
+            chosen = self._chosen_elements(flat, start)
+            self._base = flat[chosen].clone() if self._base_KD is None else self._base_elements(chosen.cpu() + start)
+            self._base = self._base.to(flat)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         flat, start = master_part(self._weight)
@@ -70,6 +72,12 @@ class TrainedRows:
         flat.copy_(self._before)
         flat[chosen] = moved
         self._before = None
+
+    def _base_elements(self, elements: Tensor) -> Tensor:
+        """The values that `elements` of the flattened weight have in the chosen rows' base."""
+        row_length = _shape(self._weight)[1]
+        assert self._base_KD is not None
+        return self._base_KD[torch.searchsorted(self.ids, elements // row_length), elements % row_length]
 
     def _group_of(self, optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any] | None:
         """The parameter group whose tensors contain `flat`; None when this optimizer steps something else."""
@@ -86,12 +94,14 @@ class TrainedRows:
         return elements[(elements >= 0) & (elements < flat.numel())].to(flat.device)
 
 
-def train_only_rows(model_or_embedding: nn.Module, ids: Sequence[int] | Tensor) -> TrainedRows:
+def train_only_rows(
+    model_or_embedding: nn.Module, ids: Sequence[int] | Tensor, base: Tensor | None = None
+) -> TrainedRows:
     """Restricts the training of an input embedding to some of its rows.
 
     All other rows, and their fp32 master copies, stay bit-identical under any optimizer, with weight decay, momentum,
     clipping, loss scaling and gradient accumulation; a gradient norm counts the chosen rows only. Decoupled weight decay
-    (AdamW, Lion) pulls the chosen rows towards their values at the first step, not towards 0. Nothing else about the
+    (AdamW, Lion) pulls the chosen rows towards `base`, not towards 0. Nothing else about the
     model changes: freeze the rest with `model.requires_grad_(False)` first if only these rows shall train.
 
     Parameters
@@ -102,6 +112,9 @@ def train_only_rows(model_or_embedding: nn.Module, ids: Sequence[int] | Tensor) 
         is the same parameter and moves along.
     ids : sequence of int, or int64 Tensor of shape (K,)
         Rows to train; repeated ids count once.
+    base : floating Tensor (K, D), optional
+        What weight decay pulls the rows towards, in ascending order of ids; their values at the first step by default. A
+        training that goes on from a checkpoint needs it.
 
     Returns
     -------
@@ -111,7 +124,7 @@ def train_only_rows(model_or_embedding: nn.Module, ids: Sequence[int] | Tensor) 
     Raises
     ------
     ValueError
-        Without ids, or for an id outside the embedding.
+        Without ids, for an id outside the embedding, or a `base` of another shape.
 
     Examples
     --------
@@ -136,8 +149,10 @@ def train_only_rows(model_or_embedding: nn.Module, ids: Sequence[int] | Tensor) 
         raise ValueError("train_only_rows needs at least one row id")
     if chosen[0] < 0 or chosen[-1] >= num_rows:
         raise ValueError(f"row ids must lie in 0 .. {num_rows - 1}; got {int(chosen[0])} .. {int(chosen[-1])}")
+    if base is not None and tuple(base.shape) != (len(chosen), _shape(weight)[1]):
+        raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(len(chosen), _shape(weight)[1])}")
     weight.requires_grad_(True)
-    return TrainedRows(weight, chosen)
+    return TrainedRows(weight, chosen, base)
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:

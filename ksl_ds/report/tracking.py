@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
 from ksl_ds.recipe import Recipe
 from ksl_ds.sharding import cluster
@@ -90,6 +91,21 @@ class Tracker:
             values = {f"{stage}/{name}": value for name, value in numbers.items() if isinstance(value, (int, float))}
             self._wandb.log({f"{stage}/step": step, **values})
 
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops the lines of `stage` after `step`, and a torn last line: a run goes on from a checkpoint."""
+        if self._file is None:
+            return
+        with self._file_may_fail():
+            kept = []
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):
+                    entry = json.loads(line)
+                    if entry["stage"] != stage or entry["step"] <= step:
+                        kept.append(line + "\n")
+            self._file.close()
+            write_text(self._path, "".join(kept))
+            self._file = self._path.open("a", encoding="utf-8")
+
     def figure(self, name: str, figure: Any) -> None:
         """A matplotlib figure, to wandb as an image (metrics.jsonl holds numbers only)."""
         if self._wandb is None:
@@ -123,9 +139,10 @@ class Tracker:
     def _file_may_fail(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._file = None
-            cluster.say(f"warning: {self._path} cannot be written ({error.strerror}); it ends here, the run goes on")
+            reason = getattr(error, "strerror", None) or error
+            cluster.say(f"warning: {self._path} cannot be written ({reason}); it ends here, the run goes on")
 
     @contextmanager
     def _wandb_may_fail(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ other rooms can call it anywhere. All collectives of ksl_ds that carry Python ob
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterable, Iterator
@@ -101,11 +102,38 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress(items: Iterable[Item], label: str, total: int | None = None) -> tqdm[Item]:
-    """A progress bar with the time left, on rank 0 only."""
+def progress(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> tqdm[Item]:
+    """A progress bar with the time left, on rank 0 only; `done` of the total were done before."""
     return tqdm(
-        items, desc=label, total=total, disable=not is_main(), dynamic_ncols=True, file=sys.stderr, smoothing=0.05
+        items,
+        desc=label,
+        total=total,
+        initial=done,
+        disable=not is_main(),
+        dynamic_ncols=True,
+        file=sys.stderr,
+        smoothing=0.05,
     )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The SIGTERM and SIGUSR1 that reach this process in the block, which end nothing there.
+
+    One of them comes late, when the block has ended without an exception: it then does what it always does.
+    """
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def gather_objects(value: Any) -> list[Any]:

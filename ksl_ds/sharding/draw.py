@@ -5,26 +5,28 @@ Legend: V tokens, D coordinates, R rows of this rank, K drawn rows.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ksl_ds.errors import UserError
+from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, make_ticket, measure_shift
 from ksl_ds.recipe import Draw
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.rows import RowShard, Traffic
 
-BLOCK_BYTES = 64 << 20  # of rows that are tested at once
-
 
 def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -> Shift:
     """The KS test of all rows against what they were before, the same on every rank.
 
-    One integer a token travels, and with `lengths` how far its row moved, which no decision of the method needs.
+    One integer a token travels, and with `lengths` how far its row moved, which no decision of the method needs; without
+    them the shift norms and ratios are NaN.
 
     Raises
     ------
@@ -33,45 +35,49 @@ def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -
     """
     message = None
     count_R = torch.zeros(len(before_RD), dtype=torch.int32)
-    norm_R, ratio_R = torch.zeros(len(before_RD)), torch.zeros(len(before_RD))
-    for first, after_BD in shard.blocks(max(1, BLOCK_BYTES // (4 * shard.row_length))):
+    norm_R, ratio_R = torch.full_like(before_RD[:, 0], torch.nan), torch.full_like(before_RD[:, 0], torch.nan)
+    for first, after_BD in shard.blocks(shard.rows_of_a_block()):
         rows = slice(first - shard.start, first - shard.start + len(after_BD))
+        before_BD = before_RD[rows].to(after_BD.device)  # the snapshot's block goes to where the weights are
         try:
-            # Where the weights are: the snapshot's block goes to them.
-            block = measure_shift(before_RD[rows].to(after_BD.device), after_BD, first_row=first)
+            if lengths:
+                block = measure_shift(before_BD, after_BD, first_row=first)
+                count_R[rows], norm_R[rows], ratio_R[rows] = block.count_V, block.shift_norm_V, block.shift_ratio_V
+            else:
+                count_R[rows] = row_counts(before_BD, after_BD, first_row=first).cpu()
         except ValueError as error:
             message = f"embedding after tuning: {error}"
             break
-        count_R[rows], norm_R[rows], ratio_R[rows] = block.count_V, block.shift_norm_V, block.shift_ratio_V
     cluster.raise_together(message)
     own = Shift(count_R, norm_R, ratio_R, shard.row_length, "float32")
     return gather_shift(own, shard.start, shard.num_rows, shard.traffic, lengths=lengths)
 
 
-def gather_shift(
-    own: Shift, start: int, num_rows: int, traffic: Traffic | None = None, *, lengths: bool = True
-) -> Shift:
+def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic, *, lengths: bool = True) -> Shift:
     """One Shift of all `num_rows` rows from each rank's own, which begin at row `start`: the same on every rank.
 
-    Without `lengths` the shift norms and ratios are NaN. Raises RuntimeError should the ranks disagree about what they
-    received.
+    Raises
+    ------
+    RuntimeError
+        On every rank, should they disagree about what they received.
     """
 
     def everywhere(values_R: Tensor) -> Tensor:
         values_V = torch.zeros(num_rows, dtype=values_R.dtype, device=cluster.device())
         values_V[start : start + len(values_R)] = values_R.to(values_V.device)
-        if traffic is not None:
-            traffic.reduced(values_V)
-        return cluster.all_reduce(values_V).cpu()
+        return traffic.all_reduce(values_V).cpu()
 
     count_V = everywhere(own.count_V)
-    digest = hashlib.sha256(count_V.numpy().tobytes()).hexdigest()
-    if len(set(cluster.gather_objects(digest))) > 1:
-        raise RuntimeError("the ranks disagree about the KS counts: a collective returned different values")
-    unknown_V = torch.full((num_rows,), torch.nan)
-    norm_V, ratio_V = (
-        (everywhere(own.shift_norm_V), everywhere(own.shift_ratio_V)) if lengths else (unknown_V, unknown_V)
+    norm_V = ratio_V = torch.full((num_rows,), torch.nan)
+    if lengths:
+        norm_V, ratio_V = everywhere(own.shift_norm_V), everywhere(own.shift_ratio_V)
+    digest = hashlib.sha256(b"".join(vector.numpy().tobytes() for vector in (count_V, norm_V, ratio_V))).digest()
+    least, most = (
+        traffic.all_reduce(torch.tensor(list(digest), dtype=torch.int32, device=cluster.device()), op)
+        for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)
     )
+    if not torch.equal(least, most):
+        raise RuntimeError("the ranks disagree about the result of the draw: a collective gave them different values")
     return Shift(count_V, norm_V, ratio_V, own.num_samples, own.tested_dtype)
 
 
@@ -94,7 +100,7 @@ def draw_from_shard(
     return shift, make_ticket(
         shift,
         ids_K,
-        before_rows(shard, before_RD, ids_K),
+        before_rows(shard, before_RD, ids_K).to(shard.dtype),
         rows_KD,
         selection=draw.selection,
         alpha=draw.alpha,
@@ -126,7 +132,7 @@ def before_rows(shard: RowShard, before_RD: Tensor, ids_K: Tensor) -> Tensor:
     rows_KD = torch.zeros(len(ids_K), shard.row_length, dtype=torch.int32)
     mine_K = (ids_K >= shard.start) & (ids_K < shard.stop)
     rows_KD[mine_K] = before_RD[ids_K[mine_K] - shard.start].view(torch.int32)
-    return cluster.all_reduce(rows_KD.to(cluster.device())).cpu().view(torch.float32)
+    return shard.traffic.all_reduce(rows_KD.to(cluster.device())).cpu().view(torch.float32)
 
 
 class DrawMonitor:
@@ -150,7 +156,7 @@ class DrawMonitor:
         """What the draw after `step` found, for the log, and whether the ticket has settled; nothing between draws."""
         if self._draw.every is None or step % self._draw.every:
             return {}, False
-        started, sent = time.perf_counter(), self._shard.traffic.sent
+        started, moved = time.perf_counter(), dataclasses.replace(self._shard.traffic)
         lengths = self._draw.selection in ("shift_norm", "shift_ratio")
         shift = sharded_shift(self._shard, self._before_RD, lengths=lengths)
         ids_K = ids_of_draw(shift, self._draw, seed=self._seed, frequency_V=self._frequency_V)
@@ -168,8 +174,16 @@ class DrawMonitor:
             "largest_statistic": float(statistic_V.max()),
             **{f"statistic_quantile_{q}": float(statistic_V.quantile(q)) for q in (0.5, 0.9, 0.99, 0.999)},
             "draw_seconds": ended - started,
-            "draw_bytes_sent": self._shard.traffic.sent - sent,
+            "draw_bytes_sent": self._shard.traffic.sent - moved.sent,
+            "draw_bytes_received": self._shard.traffic.received - moved.received,
             "draw_share": (ended - started) / (ended - self._watched_since),
         }
         self._watched_since = ended
         return numbers, settled is not None and self._settled_draws >= settled.draws
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on watching; plain numbers, the same on every rank."""
+        return {"last": sorted(self._last), "settled_draws": self._settled_draws}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last, self._settled_draws = set(state["last"]), state["settled_draws"]

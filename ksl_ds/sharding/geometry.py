@@ -8,6 +8,7 @@ Legend: V rows, D elements of a row; a span is a half-open range [start, stop) o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -39,6 +40,18 @@ def owned_rows(parts: list[Span], num_rows: int, row_length: int) -> list[Span]:
 def even_rows(num_rows: int, num_ranks: int) -> list[Span]:
     """Rows shared out evenly, for a matrix that every rank has as a whole."""
     return [Span(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks) for rank in range(num_ranks)]
+
+
+def whole_rows(span: Span, row_length: int) -> Span:
+    """The rows that lie within `span` as a whole; an empty span of rows where there is none."""
+    first = -(-span.start // row_length)
+    return Span(first, max(first, span.stop // row_length))
+
+
+def blocks_of(span: Span, size: int) -> Iterator[Span]:
+    """`span` in consecutive pieces of `size`, the last one perhaps smaller."""
+    for start in range(span.start, span.stop, size):
+        yield Span(start, min(start + size, span.stop))
 
 
 def travelling(parts: list[Span], rows: list[Span], row_length: int) -> dict[tuple[int, int], Span]:

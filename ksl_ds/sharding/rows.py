@@ -2,7 +2,8 @@
 
 Under ZeRO-3 a rank reads the fp32 master weights of its own part, and only the pieces of rows that are broken at its edges
 travel, from the rank that holds them to the one that owns the row. In stages 1 and 2 the masters are cut by the optimizer's
-own plan, so rows travel once to their owners; in stage 0, and without an engine, every rank has all.
+own plan: where the matrix trains alone that is nearly the same cut, else rows travel once to their owners. In stage 0, and
+without an engine, every rank has all. Stage 0 in 16 bits hides its masters in the optimizer, so the weights are read there.
 
 Legend: V rows of the matrix, D elements of a row, R rows that this rank owns, K chosen rows; `flat` is a part of the
 flattened matrix.
@@ -18,21 +19,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ksl_ds.errors import UserError
 from ksl_ds.sharding import cluster
-from ksl_ds.sharding.geometry import Span, even_rows, owned_rows, travelling, zero3_parts
+from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, travelling, whole_rows, zero3_parts
+
+BLOCK_BYTES = 64 << 20  # of rows that are worked on, or sent to all, at once
 
 
 @dataclass
 class Traffic:
-    """Bytes that this rank sent and received; an all-reduce counts as a ring does it, 2 (n - 1) / n of its size each way."""
+    """The communication of rows; it counts the bytes that this rank sends and receives.
+
+    An all-reduce counts as a ring does it, 2 (n - 1) / n of its size each way; a broadcast counts its size once, at the
+    sender and at each receiver. The few bytes in which ranks tell each other that none has failed are not counted.
+    """
 
     sent: int = 0
     received: int = 0
 
-    def reduced(self, tensor: Tensor) -> None:
-        size = 2 * (cluster.world_size() - 1) * tensor.numel() * tensor.element_size() // cluster.world_size()
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduces in place over all ranks and returns the tensor."""
+        size = 2 * (cluster.world_size() - 1) * tensor.nbytes // cluster.world_size()
         self.sent += size
         self.received += size
+        return cluster.all_reduce(tensor, op)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Fills the tensor with that of rank `source`."""
+        if cluster.world_size() > 1:
+            dist.broadcast(tensor, source)
+            self.sent += tensor.nbytes if source == cluster.rank() else 0
+            self.received += tensor.nbytes if source != cluster.rank() else 0
+
+    def exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, int]) -> dict[int, Tensor]:
+        """Sends pieces to ranks and returns those of the given sizes from others, all flat and float32."""
+        device = cluster.device()
+        sends = {rank: piece.to(device, torch.float32).contiguous() for rank, piece in outgoing.items()}
+        received = {rank: torch.empty(size, dtype=torch.float32, device=device) for rank, size in incoming.items()}
+        operations = [dist.P2POp(dist.isend, piece, rank) for rank, piece in sends.items()]
+        operations += [dist.P2POp(dist.irecv, piece, rank) for rank, piece in received.items()]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        self.sent += sum(piece.nbytes for piece in sends.values())
+        self.received += sum(piece.nbytes for piece in received.values())
+        return received
 
 
 def master_part(parameter: Any) -> tuple[Tensor, int]:
@@ -47,6 +77,10 @@ def master_part(parameter: Any) -> tuple[Tensor, int]:
         real = max(0, min(size, parameter.ds_numel - start))
         optimizer = getattr(parameter, "_z3_optimizer", None)
         if optimizer is not None and parameter.requires_grad:
+            if optimizer.swap_optimizer:
+                raise UserError(
+                    "rows of an embedding cannot be had from an optimizer on NVMe; offload it to cpu instead"
+                )
             # DeepSpeed's public getter copies to the GPU what is offloaded; the optimizer's own view is wanted here.
             flat, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
             return flat.detach()[:real], start
@@ -60,19 +94,29 @@ def master_part(parameter: Any) -> tuple[Tensor, int]:
 class RowShard:
     """The rows of a (V, D) parameter that this rank owns: plain, or under ZeRO stages 0 to 3.
 
-    Which rows a rank owns never changes in a job, whatever engine comes and goes. All methods are collective.
+    Which rows a rank owns never changes in a job, whatever engine comes and goes. All methods are collective, and so is
+    making one.
 
     Attributes
     ----------
     num_rows, row_length : V and D
+    dtype : of the weights that compute; masters, and all that is read here, are float32
     start, stop : this rank owns rows start .. stop - 1
     traffic : bytes that this object's communication moved
+
+    Raises
+    ------
+    UserError
+        For a parameter that DeepSpeed keeps twice (hpZ), in several groups of ranks (MiCS) or on NVMe.
     """
 
     def __init__(self, parameter: nn.Parameter):
         self._parameter: Any = parameter  # DeepSpeed adds attributes to it
+        # A collective of all ranks, which NCCL needs before two of them may talk alone.
+        cluster.raise_together(unsupported(parameter))
         shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
         self.num_rows, self.row_length = shape
+        self.dtype: torch.dtype = parameter.dtype
         self.traffic = Traffic()
         if hasattr(parameter, "ds_tensor"):
             self._rows = owned_rows(self._zero3_parts(), self.num_rows, self.row_length)
@@ -93,85 +137,60 @@ class RowShard:
         Blocks may be live views of the weights; copy what shall stay. The pieces of broken rows travel when the first
         block is asked for.
         """
-        parts = self._parts()
+        parts, own = self._parts(), Span(self.start, self.stop)
         if parts is None:
             weight_VD = self._parameter.detach()
-            for first in range(self.start, self.stop, num_rows):
-                yield first, weight_VD[first : min(first + num_rows, self.stop)]
+            for rows in blocks_of(own, num_rows):
+                yield rows.start, weight_VD[rows.start : rows.stop]
             return
         flat, held = self._local(parts)
-        own = Span(self.start * self.row_length, self.stop * self.row_length)
-        moves = travelling(parts, self._rows, self.row_length)
-        outgoing = {
-            owner: flat[span.start - held.start : span.stop - held.start]
-            for (holder, owner), span in moves.items()
-            if holder == cluster.rank()
-        }
-        incoming = {holder: span for (holder, owner), span in moves.items() if owner == cluster.rank()}
-        pieces = self._exchange(outgoing, {rank: span.size for rank, span in incoming.items()})
-        # Rows that lie here as a whole, then those that had to be put together: under ZeRO-3 the last one at most.
-        here = held & own
-        first_whole, end_whole = (
-            -(-here.start // self.row_length),
-            max(-(-here.start // self.row_length), here.stop // self.row_length),
+        outgoing, incoming = self._moves(parts)
+        pieces = self.traffic.exchange(
+            {rank: cut(flat, held, span) for rank, span in outgoing.items()},
+            {rank: span.size for rank, span in incoming.items()},
         )
-        for first in range(first_whole, end_whole, num_rows):
-            stop = min(first + num_rows, end_whole)
-            yield (
-                first,
-                flat[first * self.row_length - held.start : stop * self.row_length - held.start].view(
-                    -1, self.row_length
-                ),
-            )
-        for rows in (Span(self.start, min(first_whole, self.stop)), Span(max(end_whole, self.start), self.stop)):
-            if rows.size <= 0:
-                continue
-            wanted = Span(rows.start * self.row_length, rows.stop * self.row_length)
-            values = torch.empty(wanted.size, dtype=torch.float32, device=cluster.device())
-            local = held & wanted
-            values[local.start - wanted.start : local.stop - wanted.start] = flat[
-                local.start - held.start : local.stop - held.start
-            ]
-            for holder, piece in pieces.items():
-                span = incoming[holder] & wanted
-                offset = incoming[holder].start
-                values[span.start - wanted.start : span.stop - wanted.start] = piece[
-                    span.start - offset : span.stop - offset
-                ]
-            yield from zip(
-                range(rows.start, rows.stop, num_rows), values.view(-1, self.row_length).split(num_rows), strict=True
-            )
+        # Rows that lie here as a whole, then those that have to be put together: under ZeRO-3 the last one at most.
+        whole = whole_rows(held & self._elements(own), self.row_length)
+        for rows in blocks_of(whole, num_rows):
+            yield rows.start, cut(flat, held, self._elements(rows)).view(-1, self.row_length)
+        found = [(held, flat), *((span, pieces[rank]) for rank, span in incoming.items())]
+        for broken in (Span(own.start, min(whole.start, own.stop)), Span(max(whole.stop, own.start), own.stop)):
+            for rows in blocks_of(broken, num_rows):
+                wanted = self._elements(rows)
+                values = torch.empty(wanted.size, dtype=torch.float32, device=cluster.device())
+                for span, piece in found:
+                    cut(values, wanted, span & wanted).copy_(cut(piece, span, span & wanted))
+                yield rows.start, values.view(-1, self.row_length)
 
     def write(self, rows_RD: Tensor) -> None:
         """Puts this rank's rows back, into the fp32 masters and into the weights that compute."""
         if not hasattr(self._parameter, "ds_tensor"):
-            # Every rank computes with the whole matrix, wherever its masters lie.
-            everything = torch.zeros(self.num_rows, self.row_length, dtype=torch.int32, device=cluster.device())
-            everything[self.start : self.stop] = rows_RD.to(everything.device).view(torch.int32)
-            self.traffic.reduced(everything)
-            self._store(cluster.all_reduce(everything).view(torch.float32).flatten(), 0)
+            self._write_everywhere(rows_RD)
             return
         parts = self._zero3_parts()
-        held = parts[cluster.rank()]
-        own = Span(self.start * self.row_length, self.stop * self.row_length)
-        flat_rows = rows_RD.flatten()
-        flat = torch.empty(held.size, dtype=torch.float32)
-        kept = held & own
-        flat[kept.start - held.start : kept.stop - held.start] = flat_rows[
-            kept.start - own.start : kept.stop - own.start
-        ]
-        # The way that `read` takes, backwards.
-        moves = travelling(parts, self._rows, self.row_length)
-        outgoing = {
-            holder: flat_rows[span.start - own.start : span.stop - own.start]
-            for (holder, owner), span in moves.items()
-            if owner == cluster.rank()
-        }
-        incoming = {owner: span for (holder, owner), span in moves.items() if holder == cluster.rank()}
-        for owner, piece in self._exchange(outgoing, {rank: span.size for rank, span in incoming.items()}).items():
-            span = incoming[owner]
-            flat[span.start - held.start : span.stop - held.start] = piece.cpu()
-        self._store(flat, held.start)
+        held, own = parts[cluster.rank()], self._elements(Span(self.start, self.stop))
+        flat_rows, flat = rows_RD.flatten(), torch.empty(held.size)
+        cut(flat, held, held & own).copy_(cut(flat_rows, own, held & own))
+        # The way that rows are read, backwards.
+        incoming, outgoing = self._moves(parts)
+        pieces = self.traffic.exchange(
+            {rank: cut(flat_rows, own, span) for rank, span in outgoing.items()},
+            {rank: span.size for rank, span in incoming.items()},
+        )
+        for rank, span in incoming.items():
+            cut(flat, held, span).copy_(pieces[rank])
+        self._store(flat, held)
+        self._release()
+
+    def _write_everywhere(self, rows_RD: Tensor) -> None:
+        """Every rank computes with the whole matrix, wherever its masters lie: each owner's rows go to all, block by block."""
+        for owner, rows_of_owner in enumerate(self._rows):
+            for rows in blocks_of(rows_of_owner, self.rows_of_a_block()):
+                block_BD = torch.empty(rows.size, self.row_length, device=cluster.device())
+                if owner == cluster.rank():
+                    block_BD.copy_(rows_RD[rows.start - self.start : rows.stop - self.start])
+                self.traffic.broadcast(block_BD, owner)
+                self._store(block_BD.flatten(), self._elements(rows))
 
     def read_rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64, the same on every rank) as float32 (K, D) in host memory, on every rank."""
@@ -179,22 +198,22 @@ class RowShard:
         if parts is None:
             return self._parameter.detach()[ids.to(self._parameter.device)].to("cpu", torch.float32, copy=True)
         flat, held = self._local(parts)
-        positions = self._elements(ids)
-        mine = (positions >= held.start) & (positions < held.stop)
+        rows_KD = torch.zeros(len(ids), self.row_length, device=cluster.device())
+        for place, row in enumerate(map(self._row, ids.tolist())):
+            cut(rows_KD[place], row, row & held).copy_(cut(flat, held, row & held))
         # Summed as integers, of which all but one are 0: a float -0.0 would not survive the addition.
-        bits = torch.zeros(positions.shape, dtype=torch.int32, device=cluster.device())
-        local = flat[(positions[mine] - held.start).to(flat.device)].to(torch.float32)
-        bits[mine.to(bits.device)] = local.to(bits.device).view(torch.int32)
-        self.traffic.reduced(bits)
-        return cluster.all_reduce(bits).view(torch.float32).cpu()
+        return self.traffic.all_reduce(rows_KD.view(torch.int32)).view(torch.float32).cpu()
 
     def write_rows(self, ids: Tensor, rows_KD: Tensor) -> None:
         """Puts rows `ids` in place, into the fp32 masters and the weights; every rank passes the same rows."""
-        for flat, start in self._copies():
-            positions = self._elements(ids) - start
-            mine = (positions >= 0) & (positions < flat.numel())
-            flat[positions[mine].to(flat.device)] = rows_KD[mine].to(flat)
+        for row, row_D in zip(map(self._row, ids.tolist()), rows_KD, strict=True):
+            self._store(row_D, row)
         self._release()
+
+    def held(self) -> Span:
+        """The elements of the flattened matrix whose authoritative values lie on this rank."""
+        parts = self._parts()
+        return Span(0, self.num_rows * self.row_length) if parts is None else parts[cluster.rank()]
 
     def _parts(self) -> list[Span] | None:
         """The span of the authoritative values on each rank; None where every rank has all."""
@@ -222,40 +241,58 @@ class RowShard:
         held = parts[cluster.rank()]
         return master_part(self._parameter)[0][: held.size], held
 
-    def _copies(self) -> list[tuple[Tensor, int]]:
-        """Every flat tensor on this rank that holds values of the parameter, with its offset."""
-        copies = [master_part(self._parameter)]
-        if hasattr(self._parameter, "ds_tensor"):
-            weights = self._parameter.ds_tensor.detach()
-            copies.append((weights[: copies[0][0].numel()], copies[0][1]))
-        elif getattr(self._parameter, "_hp_mapping", None) is not None:
-            copies.append((self._parameter.detach().view(-1), 0))
-        return copies
+    def _moves(self, parts: list[Span]) -> tuple[dict[int, Span], dict[int, Span]]:
+        """Elements that lie here and belong to rows of other ranks, by owner; and of our rows with others, by holder."""
+        moves = travelling(parts, self._rows, self.row_length)
+        mine = {owner: span for (holder, owner), span in moves.items() if holder == cluster.rank()}
+        theirs = {holder: span for (holder, owner), span in moves.items() if owner == cluster.rank()}
+        return mine, theirs
 
-    def _store(self, flat: Tensor, start: int) -> None:
-        for copy, offset in self._copies():
-            span = Span(start, start + flat.numel()) & Span(offset, offset + copy.numel())
-            copy[span.start - offset : span.stop - offset] = flat[span.start - start : span.stop - start].to(copy)
-        self._release()
+    def _store(self, flat: Tensor, span: Span) -> None:
+        """Puts elements into every tensor of this rank that holds some of them."""
+        for copy, held in self._copies():
+            cut(copy, held, held & span).copy_(cut(flat, span, held & span))
+
+    def _copies(self) -> list[tuple[Tensor, Span]]:
+        """Every flat tensor on this rank that holds values of the parameter, and which."""
+        flat, start = master_part(self._parameter)
+        copies = [(flat, Span(start, start + flat.numel()))]
+        if hasattr(self._parameter, "ds_tensor"):
+            copies.append((self._parameter.ds_tensor.detach()[: flat.numel()], copies[0][1]))
+        elif getattr(self._parameter, "_hp_mapping", None) is not None:
+            weights = self._parameter.detach().view(-1)
+            copies.append((weights, Span(0, weights.numel())))
+        return copies
 
     def _release(self) -> None:
         """Drops a gathered copy of a small parameter, which would be out of date."""
         if hasattr(self._parameter, "ds_status") and self._parameter.ds_status.name == "AVAILABLE":
             self._parameter.partition()
 
-    def _elements(self, ids: Tensor) -> Tensor:
-        """Flat positions of rows: int64 (K, D)."""
-        return ids[:, None].cpu() * self.row_length + torch.arange(self.row_length)
+    def _elements(self, rows: Span) -> Span:
+        return Span(rows.start * self.row_length, rows.stop * self.row_length)
 
-    def _exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, int]) -> dict[int, Tensor]:
-        """Sends pieces to ranks and returns those of the given sizes from others, all float32."""
-        device = cluster.device()
-        sends = {rank: piece.to(device, torch.float32).contiguous() for rank, piece in outgoing.items()}
-        received = {rank: torch.empty(size, dtype=torch.float32, device=device) for rank, size in incoming.items()}
-        operations = [dist.P2POp(dist.isend, piece, rank) for rank, piece in sends.items()]
-        operations += [dist.P2POp(dist.irecv, piece, rank) for rank, piece in received.items()]
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        self.traffic.sent += sum(piece.numel() * 4 for piece in sends.values())
-        self.traffic.received += sum(piece.numel() * 4 for piece in received.values())
-        return received
+    def _row(self, number: int) -> Span:
+        return self._elements(Span(number, number + 1))
+
+    def rows_of_a_block(self) -> int:
+        """Rows that make about BLOCK_BYTES."""
+        return max(1, BLOCK_BYTES // (4 * self.row_length))
+
+
+def cut(flat: Tensor, held: Span, wanted: Span) -> Tensor:
+    """Elements `wanted` of a flat tensor that holds elements `held`: a view."""
+    return flat[wanted.start - held.start : wanted.stop - held.start]
+
+
+def unsupported(parameter: Any) -> str | None:
+    """Why rows of this parameter cannot be had, in a sentence; None for all that were tested."""
+    if not hasattr(parameter, "ds_tensor"):
+        return None
+    features = {
+        "hpZ (zero_hpz_partition_size)": parameter.ds_zero_param_process_group is not None,
+        "MiCS (mics_shard_size)": dist.get_world_size(parameter.ds_process_group) != cluster.world_size(),
+        "offloading of parameters to NVMe": parameter.nvme_swapper is not None,
+    }
+    used = [name for name, is_used in features.items() if is_used]
+    return f"rows of an embedding cannot be read under DeepSpeed's {used[0]}; take it out of its JSON" if used else None

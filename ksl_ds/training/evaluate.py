@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 
@@ -29,8 +30,19 @@ def evaluation_model(run: Run) -> Iterator[tuple[nn.Module, bool]]:
             yield module, cluster.world_size() > 1
 
 
-def evaluate_stage(run: Run, stage: str, *, trained_parameters: int, outcome: TrainingRun | None = None) -> None:
-    """Test loss and scores of the model as it stands, into `results.json` and `translations/STAGE/`."""
+def evaluate_stage(
+    run: Run, stage: str, *, trained_parameters: int, outcome: TrainingRun | None = None, tuned: Path | None = None
+) -> None:
+    """Test loss and scores of the model as it stands, into `results.json` and `translations/STAGE/`: the stage is done.
+
+    Parameters
+    ----------
+    trained_parameters : how many numbers of the model differ from the base model's, or may
+    outcome : what its training cost, where there was one
+    tuned : folder that the training left
+    """
+    if stage in run.stages:
+        return
     if outcome is None:
         cluster.reset_peak_memory()
     evaluation, started = run.recipe.evaluation, time.perf_counter()
@@ -66,6 +78,8 @@ def evaluate_stage(run: Run, stage: str, *, trained_parameters: int, outcome: Tr
         "valid_loss": outcome.valid_loss if outcome else None,
         "seconds": outcome.seconds if outcome else 0.0,
         "evaluation_seconds": time.perf_counter() - started,
+        "tuned_file_bytes": cluster.from_main(file_bytes(tuned)) if tuned is not None else 0,
+        "optimizer_bytes": outcome.optimizer_bytes if outcome else 0,
         # Of the training; of the evaluation where nothing was trained.
         "peak_memory_bytes": max(
             cluster.gather_objects(outcome.peak_memory_bytes if outcome else cluster.peak_memory())
@@ -74,10 +88,17 @@ def evaluate_stage(run: Run, stage: str, *, trained_parameters: int, outcome: Tr
     shown = run.stages[stage]
     run.tracker.log(stage, 0, **{name: value for name, value in shown.items() if isinstance(value, (int, float))})
     run.save_results()
+    run.checkpoints(stage).remove()
     cluster.say(
         f"{label}: test loss {loss:.3f}, BLEU {shown['bleu']:.1f}, chrF++ {shown['chrf']:.1f}, "
         f"first-line BLEU {shown['first_line_bleu']:.1f}, stop rate {shown['stop_rate']:.2f}"
     )
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder that it does not share with another, such as the base model's, by a hard link."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
 def score_copying(run: Run) -> None:

@@ -1,7 +1,9 @@
-"""One training run, the same for every method: order, schedule, clipping, logging.
+"""One training run, the same for every method: order, schedule, clipping, logging, checkpoints.
 
 Which parameters train, and what is done to their gradients, is the caller's business. The data order is a pure function of
-(seed, step). Losses are reported as of the global batch, hence comparable between any numbers of ranks.
+(seed, step). Losses are reported as of the global batch, hence comparable between any numbers of ranks. A run that is
+asked to end by SIGTERM or SIGUSR1 ends after the step it is in, with a checkpoint; one that goes on from a checkpoint has
+the losses of an uninterrupted run to the bit.
 """
 
 from __future__ import annotations
@@ -9,23 +11,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ksl_ds.errors import UserError
+from ksl_ds.errors import Interrupted, UserError
+from ksl_ds.model.ticket_rows import TicketRows
 from ksl_ds.recipe import Tuning
 from ksl_ds.sharding import cluster
+from ksl_ds.sharding.checkpoint import Checkpoints, TrainingState
+from ksl_ds.sharding.draw import DrawMonitor
 from ksl_ds.sharding.engine import adamw, training_engine
+from ksl_ds.sharding.states import EngineState, MatrixState, optimizer_tensors
 from ksl_ds.text.batches import BatchOrder, collate_training, rank_micro_batches, response_tokens
 from ksl_ds.training.loss import can_keep_logits, corpus_loss, response_nll
 from ksl_ds.training.run import Run
 
 Result = TypeVar("Result")
-# After a step, called with its number: what to log beside its loss, and whether training ends here.
-AfterStep = Callable[[int], tuple[dict[str, Any], bool]]
 
 
 @dataclass
@@ -37,8 +41,10 @@ class TrainingRun:
     seconds: float = 0.0
     tokens: int = 0
     peak_memory_bytes: int = 0  # of this rank
+    optimizer_bytes: int = 0  # Adam's moments on all ranks
     losses: list[float] = field(default_factory=list)
     valid_loss: float | None = None
+    settled: bool = False  # ended before its planned steps, since the ticket had settled
 
 
 def total_steps(tuning: Tuning, num_examples: int, batch_size: int) -> int:
@@ -55,21 +61,25 @@ def train(
     stage: str,
     tuning: Tuning,
     at_end: Callable[[], Result],
-    after_step: AfterStep | None = None,
+    monitor: DrawMonitor | None = None,
+    ticket_rows: TicketRows | None = None,
 ) -> tuple[TrainingRun, Result]:
     """Trains `parameters` of the run's model and freezes all others.
 
     Returns what it cost and what `at_end` returned, which is called while the engine still holds the fp32 master weights.
+    `monitor` draws between steps; `ticket_rows` are given when `parameters` are theirs alone.
 
     Raises
     ------
     UserError
-        On every rank, when the loss is not a finite number.
+        On every rank, when the loss is not a finite number, and for a checkpoint that cannot be written or used.
+    Interrupted
+        On every rank, after a checkpoint, when one of them was asked to end.
     """
     from transformers import get_scheduler
 
-    recipe, model, pad_id, tracker = run.recipe, run.model, run.pad_id, run.tracker
-    examples, valid = run.examples["train"], run.examples.get("valid", [])
+    recipe, model, tracker = run.recipe, run.model, run.tracker
+    examples = run.examples["train"]
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -84,62 +94,118 @@ def train(
         num_training_steps=outcome.planned_steps,
     )
     torch.manual_seed(recipe.seed + cluster.rank())  # dropout differs over ranks and repeats over runs
-    keeps_logits = can_keep_logits(model)
-    world_size = cluster.world_size()
+    checkpoints = run.checkpoints(stage)
     started = time.perf_counter()
-    with (
-        training_engine(model, optimizer, scheduler, run.config) as engine,
-        cluster.progress(range(outcome.planned_steps), stage.replace("_", " ")) as steps,
-    ):
-        for step in steps:
-            model.train()
-            step_started = time.perf_counter()
-            learning_rate = scheduler.get_last_lr()[0]
-            indices = order.batch(step)
-            global_batch = [examples[index] for index in indices]
-            num_tokens = response_tokens(global_batch)
-            micro_batches = rank_micro_batches(indices, cluster.rank(), world_size, training.micro_batch_size)
-            # The engine counts micro-batches itself; a short last batch is filled up with empty ones.
-            micro_batches += [[]] * (engine.gradient_accumulation_steps() - len(micro_batches))
-            nll = torch.zeros((), dtype=torch.float64, device=cluster.device())
-            for micro_batch in micro_batches:
-                batch = collate_training([examples[index] for index in micro_batch], pad_id)
-                loss = response_nll(engine, batch, keeps_logits)
-                nll += loss.detach().double()
-                # DeepSpeed averages over ranks and accumulation steps; this makes it a mean over the global batch.
-                engine.backward(loss * (world_size * len(micro_batches) / num_tokens))
-                engine.step()
-            loss_value = float(cluster.all_reduce(nll)) / num_tokens
-            if not math.isfinite(loss_value):
-                raise UserError(
-                    f"{stage}: the loss of step {step + 1} is {loss_value}; lower its learning_rate "
-                    f"({tuning.learning_rate}) or use training.precision=bf16 or fp32"
-                )
-            batch_tokens = sum(len(example.prompt_ids) + len(example.response_ids) for example in global_batch)
-            outcome.steps, outcome.tokens = step + 1, outcome.tokens + batch_tokens
-            outcome.losses.append(loss_value)
-            seconds = time.perf_counter() - step_started
-            last = step + 1 == outcome.planned_steps
-            numbers, stop = after_step(step + 1) if after_step is not None else ({}, False)
-            if valid and (last or stop or (training.valid_every and (step + 1) % training.valid_every == 0)):
-                outcome.valid_loss = corpus_loss(engine, model, valid, pad_id, training.micro_batch_size)
-                numbers["valid_loss"] = outcome.valid_loss
-            if (step + 1) % training.log_every == 0 or numbers or last or stop:
-                norm = engine.get_global_grad_norm()
-                tracker.log(
-                    stage,
-                    step + 1,
-                    loss=loss_value,
-                    learning_rate=learning_rate,
-                    gradient_norm=None if norm is None else float(norm),
-                    tokens_per_second=batch_tokens / seconds,
-                    peak_memory_bytes=cluster.peak_memory(),
-                    **numbers,
-                )
-            steps.set_postfix(loss=f"{loss_value:.3f}")
-            if stop:
-                break
+    with training_engine(model, optimizer, scheduler, run.config) as engine, cluster.stop_signals() as signals:
+        state: TrainingState = EngineState(engine)
+        if ticket_rows is not None:
+            state = MatrixState(engine, ticket_rows.delta_KD, ticket_rows.ids_K)
+        if recipe.resume == "auto":
+            _resume(run, stage, checkpoints, state, outcome, monitor)
+        started -= outcome.seconds
+        remaining = range(outcome.steps, outcome.steps if outcome.settled else outcome.planned_steps)
+        label = stage.replace("_", " ")
+        with cluster.progress(remaining, label, total=outcome.planned_steps, done=outcome.steps) as steps:
+            for step in steps:
+                step_started = time.perf_counter()
+                learning_rate = scheduler.get_last_lr()[0]
+                global_batch = [examples[index] for index in order.batch(step)]
+                loss, ends = train_step(engine, run, order.batch(step), bool(signals))
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"{stage}: the loss of step {step + 1} is {loss}; lower its learning_rate "
+                        f"({tuning.learning_rate}) or use training.precision=bf16 or fp32"
+                    )
+                batch_tokens = sum(map(len, global_batch))
+                outcome.steps, outcome.tokens = step + 1, outcome.tokens + batch_tokens
+                outcome.losses.append(loss)
+                seconds = time.perf_counter() - step_started
+                numbers, outcome.settled = monitor(step + 1) if monitor is not None else ({}, False)
+                last = outcome.settled or step + 1 == outcome.planned_steps
+                numbers |= _validate(run, engine, outcome, last)
+                if (step + 1) % training.log_every == 0 or numbers or last:
+                    norm = engine.get_global_grad_norm()
+                    tracker.log(
+                        stage,
+                        step + 1,
+                        loss=loss,
+                        learning_rate=learning_rate,
+                        gradient_norm=None if norm is None else float(norm),
+                        tokens_per_second=batch_tokens / seconds,
+                        peak_memory_bytes=cluster.peak_memory(),
+                        **numbers,
+                    )
+                steps.set_postfix(loss=f"{loss:.3f}")
+                every = recipe.checkpoint.every
+                if ends or (every and (last or (step + 1) % every == 0)):
+                    outcome.seconds = time.perf_counter() - started
+                    watched = monitor.state_dict() if monitor is not None else {}
+                    checkpoints.save(step + 1, state, {"outcome": asdict(outcome), "monitor": watched})
+                if ends:
+                    raise Interrupted(
+                        f"{label} was asked to end and did, after step {step + 1} of {outcome.planned_steps}; "
+                        f"resume=auto goes on from {checkpoints.folder}"
+                    )
+                if last:
+                    break
         outcome.seconds = time.perf_counter() - started
         outcome.peak_memory_bytes = cluster.peak_memory()
+        moments = sum(moment.nbytes for moment in optimizer_tensors(engine))
+        outcome.optimizer_bytes = sum(cluster.gather_objects(moments))
         result = at_end()
     return outcome, result
+
+
+def train_step(engine: Any, run: Run, indices: list[int], asked_to_end: bool) -> tuple[float, bool]:
+    """One optimizer step on the global batch of the training examples `indices`.
+
+    Returns the batch's mean loss of a response token, and whether any rank was asked to end; the same on every rank.
+    """
+    examples, world_size = run.examples["train"], cluster.world_size()
+    run.model.train()
+    keeps_logits = can_keep_logits(run.model)
+    num_tokens = response_tokens([examples[index] for index in indices])
+    micro_batches = rank_micro_batches(indices, cluster.rank(), world_size, run.recipe.training.micro_batch_size)
+    # The engine counts micro-batches itself; a short last batch is filled up with empty ones.
+    micro_batches += [[]] * (engine.gradient_accumulation_steps() - len(micro_batches))
+    sums = torch.tensor([0.0, asked_to_end], dtype=torch.float64, device=cluster.device())
+    for micro_batch in micro_batches:
+        batch = collate_training([examples[index] for index in micro_batch], run.pad_id)
+        loss = response_nll(engine, batch, keeps_logits)
+        sums[0] += loss.detach().double()
+        # DeepSpeed averages over ranks and accumulation steps; this makes it a mean over the global batch.
+        engine.backward(loss * (world_size * len(micro_batches) / num_tokens))
+        engine.step()
+    nll, ends = cluster.all_reduce(sums).tolist()
+    return nll / num_tokens, ends > 0
+
+
+def _validate(run: Run, engine: Any, outcome: TrainingRun, last: bool) -> dict[str, Any]:
+    """The validation loss where it is due, for the log and the outcome."""
+    training, valid = run.recipe.training, run.examples.get("valid", [])
+    if not valid or not (last or (training.valid_every and outcome.steps % training.valid_every == 0)):
+        return {}
+    outcome.valid_loss = corpus_loss(engine, run.model, valid, run.pad_id, training.micro_batch_size)
+    return {"valid_loss": outcome.valid_loss}
+
+
+def _resume(
+    run: Run,
+    stage: str,
+    checkpoints: Checkpoints,
+    state: TrainingState,
+    outcome: TrainingRun,
+    monitor: DrawMonitor | None,
+) -> None:
+    """Goes back to the newest checkpoint, if there is one, and drops what was logged after it."""
+    saved = checkpoints.load(state)
+    if saved is not None:
+        for name, value in saved["outcome"].items():
+            setattr(outcome, name, value)
+        if monitor is not None:
+            monitor.load_state_dict(saved["monitor"])
+        cluster.say(f"{stage.replace('_', ' ')} goes on after step {outcome.steps} of {outcome.planned_steps}")
+        run.results.setdefault("resumed", []).append(
+            {"stage": stage, "step": outcome.steps, "ranks": cluster.world_size(), "ranks_before": saved["world_size"]}
+        )
+    run.tracker.rewind(stage, outcome.steps)

@@ -1,12 +1,16 @@
-"""A run: what was asked for, on which text and model, where it is written.
+"""A run: what was asked for, on which text and model, where it is written, and what of it is done already.
 
-Everything that a user can get wrong is checked before the run folder exists, on every rank at once.
+Everything that a user can get wrong is checked before the run folder exists, on every rank at once. With resume=auto an
+existing folder is gone on with: the recipe and the text must be the same, and stages in its results.json are done.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,19 @@ from torch import nn
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import load_model, open_folder
-from ksl_ds.recipe import Recipe, save_recipe
+from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
+from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import deepspeed_config
 from ksl_ds.text.batches import Example, encode_corpus
 from ksl_ds.text.corpus import Corpus, load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
+
+LOCK = ".lock"
+# What may change between the parts of a run, since it changes no number.
+FREE_TO_CHANGE = ("resume", "verbose", "num_ranks", "run_dir", "checkpoint", "tracking")
 
 
 @dataclass
@@ -56,8 +65,13 @@ class Run:
         return self.results["stages"]
 
     def save_results(self) -> None:
-        if cluster.is_main():
-            write_json(self.dir / "results.json", self.results)
+        with cluster.together():
+            if cluster.is_main():
+                write_json(self.dir / "results.json", self.results)
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        """The checkpoints within the training of a stage."""
+        return Checkpoints(self.dir / "checkpoints" / f"{stage}_steps", self.recipe.checkpoint.keep_last)
 
 
 @contextmanager
@@ -76,11 +90,12 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         )
     config = deepspeed_config(recipe)
     run_dir = Path(recipe.run_dir)
+    before: dict[str, Any] | None = None
     with cluster.together():
         if cluster.is_main():
-            if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-                raise UserError(f"run_dir {run_dir} already holds a run; choose another run_dir or move it away")
+            before = results_before(run_dir, recipe)
             check_tokenizer(recipe.evaluation.tokenize)
+    before = cluster.from_main(before)
     folder = open_folder(recipe.model)
     with cluster.together():
         tokenizer = folder.tokenizer()
@@ -88,35 +103,88 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
         text_seed = recipe.seed if recipe.text.seed is None else recipe.text.seed
         corpora = {name: load_corpus(recipe.text, name, text_seed) for name in names}  # type: ignore[arg-type]
-        examples = {}
+        examples, text = {}, {}
         for name, corpus in corpora.items():
             examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)
             corpus.dropped |= dropped
+            text[name] = {"pairs": len(corpus.pairs), "dropped": corpus.dropped, "sha256": _sha256(corpus)}
+            if before and before["text"].get(name, text[name])["sha256"] != text[name]["sha256"]:
+                raise UserError(
+                    f"{corpus.name} has changed since the run in {run_dir} began, so it cannot be gone on with; bring the "
+                    "text back or choose another run_dir"
+                )
     for corpus in corpora.values():
         cluster.say(corpus.summary())
     cluster.say(f"loading {folder.path} on {cluster.world_size()} ranks")
     model = load_model(recipe, folder, config)
+    results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
+    results |= (before or {}) | {"environment": hardware_and_versions()}
+    prompts = [prompt.encode_source(pair.source) for pair in corpora["test"].pairs]
+    with _folder_taken(run_dir, recipe), Tracker(run_dir, recipe) as tracker:
+        run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
+        run.save_results()
+        yield run
+
+
+def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What the run in `run_dir` has found so far, where it is to be gone on with; None for a new run.
+
+    Raises
+    ------
+    UserError
+        Where `run_dir` holds anything and `recipe` asks for a new run, or something else than a run of this recipe.
+    """
+    if not run_dir.exists() or (run_dir.is_dir() and all(path.name == LOCK for path in run_dir.iterdir())):
+        return None
+    if recipe.resume == "never" or not run_dir.is_dir():
+        raise UserError(
+            f"run_dir {run_dir} already holds a run; choose another run_dir, move it away, or go on with it by resume=auto"
+        )
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"run_dir {run_dir} holds no run (it has no recipe.yaml); choose another run_dir")
+    for name, (old, new) in differing_keys(load_recipe(Recipe, str(run_dir / "recipe.yaml"), []), recipe).items():
+        if name.partition(".")[0] not in FREE_TO_CHANGE:
+            raise UserError(
+                f"the run in {run_dir} was begun with {name}={old}, and now it is {new}; resume=auto goes on with the same "
+                f"recipe only, which {run_dir / 'recipe.yaml'} holds"
+            )
+    with suppress(FileNotFoundError):  # a run that had come no further
+        try:
+            return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{run_dir / 'results.json'} is not valid JSON: {error}") from None
+    return None
+
+
+@contextmanager
+def _folder_taken(run_dir: Path, recipe: Recipe) -> Iterator[None]:
+    """Makes the run folder, and keeps other runs out of it for as long as this process lives."""
+    lock = None
     with cluster.together():
         if cluster.is_main():
-            _create(run_dir, recipe)
-    results = {
-        "stages": {},
-        "baselines": {},
-        "text": {name: {"pairs": len(examples[name]), "dropped": corpora[name].dropped} for name in corpora},
-        "environment": hardware_and_versions(),
-        "recipe": asdict(recipe),
-    }
-    prompts = [prompt.encode_source(pair.source) for pair in corpora["test"].pairs]
-    with Tracker(run_dir, recipe) as tracker:
-        yield Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
-
-
-def _create(run_dir: Path, recipe: Recipe) -> None:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                lock = (run_dir / LOCK).open("w")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not (run_dir / "recipe.yaml").exists():
+                    save_recipe(recipe, run_dir / "recipe.yaml")
+            except BlockingIOError:
+                raise UserError(f"run_dir {run_dir} is in use by another run; choose another one") from None
+            except OSError as error:
+                raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}") from None
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run_dir / "recipe.yaml")
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}") from None
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _sha256(corpus: Corpus) -> str:
+    """Of the pairs in their order: the same when a run that is gone on with sees the same text."""
+    digest = hashlib.sha256()
+    for pair in corpus.pairs:
+        digest.update(f"{pair.source}\t{pair.target}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def numel(parameter: torch.nn.Parameter) -> int:

@@ -1,10 +1,17 @@
 """Run by test_shard.py on several ranks: RowShard against the whole matrix, for many shapes and every kind of parameter."""
 
+import itertools
+import unittest.mock
+from functools import partial
+
 import deepspeed
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ksl_ds.errors import UserError
+from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.ticket import measure_shift
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import sharded_shift
@@ -31,6 +38,19 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 def whole(parameter: nn.Parameter) -> torch.Tensor:
     with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
         return parameter.detach().clone()
+
+
+def all_rows(rows_RD: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows together."""
+    return torch.cat(cluster.gather_objects(rows_RD))
+
+
+def mistake(action) -> str:
+    """What an action says, which must be the same on every rank."""
+    with pytest.raises(UserError) as caught:
+        action()
+    (message,) = set(cluster.gather_objects(str(caught.value)))
+    return message
 
 
 def check(parameter: nn.Parameter, values_VD: torch.Tensor, other_VD: torch.Tensor) -> None:
@@ -69,38 +89,66 @@ for number, (num_rows, width) in enumerate(SHAPES):
         check(embedding.weight, values_VD, other_VD)
 
 # Under engines: the fp32 masters are read and written, and after the engine is gone the weights.
-for stage, offload in ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True)):
-    for precision in ("fp32", "bf16"):
-        if stage == 0 and precision == "bf16":
-            continue  # masters of this stage are whole on every rank; the weights decide
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Embedding(31, 7), nn.Linear(7, 7))
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})},
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": precision == "bf16"},
-        }
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        weight, shard = module[0].weight, RowShard(module[0].weight)
-        before_RD = shard.read()
+# DeepSpeed wants a CPU that is fast in fp16; a slow one computes it too.
+deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+ENGINES = [
+    *itertools.product((0,), (None,), ("fp32",)),  # in 16 bits this stage hides its masters
+    *itertools.product((1, 2, 3), (None,), ("fp32", "bf16", "fp16")),
+    *itertools.product((2, 3), ("offload_optimizer",), ("fp32", "bf16", "fp16")),
+    (3, "offload_param", "bf16"),
+]
+WIDTH = 7
+for stage, offload, precision in ENGINES:
+    case = (stage, offload, precision)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(31, WIDTH), nn.Linear(WIDTH, WIDTH))
+    module[1].requires_grad_(False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, **({offload: {"device": "cpu"}} if offload else {})},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 128},
+    }
+    optimizer = torch.optim.AdamW([module[0].weight], lr=0.01)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    weight, shard = module[0].weight, RowShard(module[0].weight)
+    before_RD = shard.read()
+    with torch.no_grad():
+        output_before = engine(torch.arange(31)).clone()
+    for _ in range(2):
         engine.backward(engine(torch.arange(31)).float().square().sum())
         engine.step()
-        master_VD = deepspeed.utils.safe_get_full_fp32_param(weight) if stage else weight.detach().float().clone()
-        if stage == 3:
-            master_VD = master_VD.view(31, 7)
-        assert torch.equal(shard.read(), master_VD[shard.start : shard.stop]), (stage, precision)
-        assert not torch.equal(shard.read(), before_RD)
-        shard.write(before_RD)
-        assert torch.equal(shard.read(), before_RD), (stage, precision)
-        weights_VD = whole(weight).float()
-        assert torch.equal(weights_VD[shard.start : shard.stop], before_RD), (stage, precision)
-        shard.write_rows(torch.tensor([30]), torch.ones(1, 7))
-        assert torch.equal(shard.read_rows(torch.tensor([30])), torch.ones(1, 7))
-        dismantle(engine)
-        weights_VD = whole(weight).float()
-        assert torch.equal(shard.read(), weights_VD[shard.start : shard.stop]), (stage, precision)
+    master_VD = deepspeed.utils.safe_get_full_fp32_param(weight) if stage else weight.detach().float().clone()
+    master_VD = master_VD.view(31, WIDTH)
+    start, stop = shard.start, shard.stop
+    assert torch.equal(shard.read(), master_VD[start:stop]), case
+    assert torch.equal(shard.read_rows(torch.arange(31)), master_VD), case
+    assert not torch.equal(shard.read(), before_RD) or start == stop, case
+    if precision != "fp32":
+        # What makes masters worth reading: they are finer than the weights.
+        assert not torch.equal(master_VD, whole(weight).float()), case
+    shift, expected = sharded_shift(shard, before_RD, lengths=False), row_counts(all_rows(before_RD), master_VD)
+    assert torch.equal(shift.count_V, expected), case
+    # A matrix that trains alone is cut in nearly equal parts, so that only pieces of rows travel.
+    shard.traffic.sent = shard.traffic.received = 0
+    shard.read()
+    assert max(shard.traffic.sent, shard.traffic.received) <= 2 * WIDTH * 4, (case, shard.traffic)
+    # Back to the rows before: masters, weights, and what the engine computes with them, also of a small parameter that
+    # stays gathered.
+    shard.write(before_RD)
+    assert torch.equal(shard.read(), before_RD), case
+    assert torch.equal(whole(weight).float()[start:stop], before_RD), case
+    with torch.no_grad():
+        assert torch.equal(engine(torch.arange(31)), output_before), case
+    shard.write_rows(torch.tensor([30, 2]), torch.stack([torch.ones(WIDTH), torch.zeros(WIDTH)]))
+    assert torch.equal(shard.read_rows(torch.tensor([2, 30])), torch.stack([torch.zeros(WIDTH), torch.ones(WIDTH)]))
+    # Training goes on from what was written.
+    engine.backward(engine(torch.arange(31)).float().square().sum())
+    engine.step()
+    assert (shard.read_rows(torch.tensor([30])) - 1).abs().max() < 0.05, case
+    dismantle(engine)
+    assert torch.equal(shard.read(), whole(weight).float()[start:stop]), case
 
 # A row that is not finite on one rank is the same sentence on all.
 embedding = nn.Embedding(40, 4)
@@ -108,19 +156,51 @@ deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
 shard = RowShard(embedding.weight)
 before_RD = shard.read()
 shard.write_rows(torch.tensor([39]), torch.full((1, 4), torch.nan))
-try:
-    sharded_shift(shard, before_RD)
-except UserError as error:
-    message = str(error)
-assert len(set(cluster.gather_objects(message))) == 1 and "row 39 of after" in message, message
+for lengths in (True, False):
+    message = mistake(partial(sharded_shift, shard, before_RD, lengths=lengths))
+    assert "row 39 of after" in message, message
 
-# What travels: the broken rows at the edges, and vectors over the vocabulary.
-embedding = nn.Embedding(3200, 96)
+# A collective that gives one rank another value than the others does not pass for a draw.
+shard.write(before_RD)
+honest = cluster.all_reduce
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    reduced = honest(tensor, op)
+    if cluster.rank() == 0 and op == dist.ReduceOp.SUM:
+        reduced[0] += 1
+    return reduced
+
+
+if RANKS > 1:
+    with (
+        pytest.raises(RuntimeError, match="the ranks disagree"),
+        unittest.mock.patch.object(cluster, "all_reduce", all_reduce),
+    ):
+        sharded_shift(shard, before_RD, lengths=False)
+
+# What is cut over some of the ranks only is refused, not misread.
+if RANKS > 1:
+    groups = [dist.new_group([rank]) for rank in range(RANKS)]
+    embedding = nn.Embedding(40, 4)
+    deepspeed.zero.Init(module=embedding, data_parallel_group=groups[cluster.rank()], config_dict_or_path=ZERO3)
+    message = mistake(partial(RowShard, embedding.weight))
+    assert "mics_shard_size" in message, message
+
+# What travels in a draw: pieces of the rows that are broken at the edges, an integer a token and the checksum; with
+# lengths two numbers a token more.
+num_rows, width = 3203, 96
+embedding = nn.Embedding(num_rows, width)
 deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
 shard = RowShard(embedding.weight)
-sharded_shift(shard, shard.read())
-vectors = 3 * 2 * (RANKS - 1) * 3200 * 4 / RANKS
-for moved in (shard.traffic.sent, shard.traffic.received):
-    assert moved <= 2 * 96 * 4 + vectors, (moved, vectors)  # it was read twice
-cluster.say(f"{RANKS} ranks: {shard.traffic}")
+before_RD = shard.read()
+for lengths, vectors in ((False, 1), (True, 3)):
+    shard.traffic.sent = shard.traffic.received = 0
+    sharded_shift(shard, before_RD, lengths=lengths)
+    allowed = width * 4 + 2 * (RANKS - 1) / RANKS * (vectors * num_rows * 4 + 2 * 32 * 4)
+    moved = max(shard.traffic.sent, shard.traffic.received)
+    assert moved <= allowed, (moved, allowed)
+    totals = cluster.gather_objects((shard.traffic.sent, shard.traffic.received))
+    assert sum(sent for sent, _ in totals) == sum(received for _, received in totals), totals
+    assert RANKS == 1 or moved > vectors * num_rows * 4, moved
 cluster.stop()

@@ -7,7 +7,7 @@ import math
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ksl_ds.sharding.geometry import Span, even_rows, owned_rows, travelling, zero3_parts
+from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, travelling, whole_rows, zero3_parts
 
 
 def holders(parts: list[Span], element: int) -> list[int]:
@@ -61,3 +61,20 @@ def test_even_rows_cover_all_rows(num_rows, num_ranks):
     assert rows[0].start == 0 and rows[-1].stop == num_rows
     assert all(left.stop == right.start for left, right in zip(rows, rows[1:], strict=False))
     assert max(span.size for span in rows) - min(span.size for span in rows) <= 1
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 30))
+@example(10, 3, 10)  # from the first element of a row, and not to its end
+@example(13, 4, 10)  # within one row
+def test_whole_rows_are_those_within(start, size, row_length):
+    span = Span(start, start + size)
+    found = whole_rows(span, row_length)
+    rows = [row for row in range(500) if span.start <= row * row_length and (row + 1) * row_length <= span.stop]
+    assert list(range(*found)) == rows
+
+
+@given(st.integers(0, 50), st.integers(-3, 50), st.integers(1, 20))
+def test_blocks_cover_a_span_in_order(start, size, block):
+    blocks = list(blocks_of(Span(start, start + size), block))
+    assert [number for span in blocks for number in range(*span)] == list(range(start, start + size))
+    assert all(span.size == block for span in blocks[:-1]) and all(0 < span.size <= block for span in blocks[-1:])

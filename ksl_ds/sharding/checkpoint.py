@@ -1,0 +1,214 @@
+"""Checkpoints within a training run: whole or absent, recognised when damaged, and never a pickle that could run code.
+
+A checkpoint is a folder `step-00000120` with `state.json` (step, data position, draws so far), one `rank-*.safetensors` a rank
+(random number generators), what the training itself needs (states.py), and `manifest.json` with size and SHA-256 of each
+of these. It is written under another name, and renamed when all ranks are done and the manifest is on disk. Frozen weights
+are not in it: they are the base model's.
+
+Choices and what they cost: every rank hashes what it wrote, which reads the file once more, from the page cache; all
+ranks must see one file system. The data order is a pure function of seed and step, so no position within an epoch is
+kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from ksl_ds.errors import UserError
+from ksl_ds.files import sync, write_text
+from ksl_ds.sharding import cluster
+
+STATE, MANIFEST = "state.json", "manifest.json"
+READ_AT_ONCE = 1 << 24
+
+
+class TrainingState(Protocol):
+    """The part of a checkpoint that depends on how a training runs; see states.py. Methods are collective."""
+
+    any_world_size: bool  # whether another number of ranks can load it
+
+    def bytes_of_rank(self) -> int:
+        """About how much this rank will write."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes into `folder` and returns what this rank wrote; raises OSError only after all communication."""
+
+    def load(self, folder: Path) -> None:
+        """Puts back what `save` wrote. Raises UserError on every rank where it does not fit."""
+
+
+class Checkpoints:
+    """The checkpoints of one training run in a folder that all ranks see.
+
+    Parameters
+    ----------
+    folder : is made when the first one is saved
+    keep_last : how many to keep, the newest
+    """
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self._keep_last = Path(folder), keep_last
+
+    def save(self, step: int, training: TrainingState, state: dict[str, Any]) -> None:
+        """Writes the checkpoint of `step`, `state` being what JSON can hold, and removes those beyond `keep_last`.
+
+        Raises
+        ------
+        UserError
+            On every rank, where it cannot be written; the checkpoints there were stay.
+        """
+        draft, failure = self.folder / f".draft-{step:08d}", None
+        with cluster.together():
+            if cluster.is_main():
+                try:
+                    self._make_room(draft)
+                except OSError as error:
+                    raise UserError(self._cannot(step, error)) from None
+        self._check_space(step, training)
+        digests: dict[str, Any] = {}
+        try:
+            written = training.save(draft)  # first, since it is collective: whoever fails below leaves nobody waiting
+            written.append(draft / f"rank-{cluster.rank():05d}.safetensors")
+            safetensors.torch.save_file(_generators(), written[-1])
+            for path in written:
+                digests[str(path.relative_to(draft))] = [path.stat().st_size, file_sha256(path)]
+                sync(path)
+        except (OSError, SafetensorError) as error:
+            failure = self._cannot(step, error)
+        cluster.raise_together(failure)
+        digests_of_ranks = cluster.gather_objects(digests)
+        with cluster.together():
+            if cluster.is_main():
+                state = {**state, "step": step, "world_size": cluster.world_size()}
+                try:
+                    self._publish(draft, step, state, digests_of_ranks)
+                except OSError as error:
+                    raise UserError(self._cannot(step, error)) from None
+
+    def load(self, training: TrainingState) -> dict[str, Any] | None:
+        """Puts the newest checkpoint that is whole into `training` and returns its state; None where there is none.
+
+        Damaged ones are passed over, which rank 0 says in a line each.
+
+        Raises
+        ------
+        UserError
+            On every rank, where it was written by another number of ranks and cannot be dealt out anew.
+        """
+        for folder in cluster.from_main(self._newest_first()):
+            damage = self._damage(folder)
+            if damage is not None:
+                cluster.say(f"warning: checkpoint {folder} is damaged ({damage}); the one before is taken")
+                continue
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            same_ranks = state["world_size"] == cluster.world_size()
+            if not (same_ranks or training.any_world_size):
+                raise UserError(
+                    f"checkpoint {folder} was written by {state['world_size']} ranks, and DeepSpeed cannot deal it out to "
+                    f"{cluster.world_size()}; start {state['world_size']} ranks (only partial_tuning.mode=rows can "
+                    "change their number)"
+                )
+            training.load(folder)
+            if same_ranks:
+                _set_generators(safetensors.torch.load_file(folder / f"rank-{cluster.rank():05d}.safetensors"))
+            return state
+        return None
+
+    def remove(self) -> None:
+        """Removes all of them: the training is over and what it left is saved elsewhere."""
+        if cluster.is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        cluster.barrier()
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _make_room(self, draft: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".draft-*"):
+            shutil.rmtree(leftover)
+        draft.mkdir()
+
+    def _check_space(self, step: int, training: TrainingState) -> None:
+        """So that in all but rare cases nobody runs out of disk in the midst of DeepSpeed's own saving."""
+        needed = sum(cluster.gather_objects(training.bytes_of_rank()))
+        free = shutil.disk_usage(self.folder).free
+        cluster.raise_together(
+            f"{self._cannot(step)}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there"
+            if free < needed
+            else None
+        )
+
+    def _publish(self, draft: Path, step: int, state: dict[str, Any], digests_of_ranks: list[dict[str, Any]]) -> None:
+        state_file = draft / STATE
+        write_text(state_file, json.dumps(state) + "\n")
+        digests: dict[str, Any] = {STATE: [state_file.stat().st_size, file_sha256(state_file)]}
+        for digests_of_rank in digests_of_ranks:
+            digests |= digests_of_rank
+        write_text(draft / MANIFEST, json.dumps(digests, indent=1) + "\n")
+        final = self.folder / f"step-{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step
+        sync(draft)
+        os.rename(draft, final)
+        sync(self.folder)
+        for old in self._newest_first()[self._keep_last :]:
+            shutil.rmtree(old)
+
+    def _cannot(self, step: int, error: Exception | None = None) -> str:
+        reason = f" ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})" if error else ""
+        kept = self._newest_first()
+        last = (
+            f"the last one, {kept[0]}, is whole: make room and go on with resume=auto"
+            if kept
+            else "there is no earlier one"
+        )
+        return f"the checkpoint of step {step} cannot be written to {self.folder}{reason}; {last}"
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank; each hashes its share of the files."""
+        found = None
+        try:
+            digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for name in sorted(digests)[cluster.rank() :: cluster.world_size()]:
+                size, digest = digests[name]
+                if (folder / name).stat().st_size != size:
+                    found = f"{name} is truncated"
+                elif file_sha256(folder / name) != digest:
+                    found = f"{name} was changed"
+        except OSError as error:
+            found = f"{Path(error.filename or folder).name}: {error.strerror}"
+        except (ValueError, TypeError, AttributeError):
+            found = f"{MANIFEST} is broken"
+        return next(filter(None, cluster.gather_objects(found)), None)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read block by block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """The states of the random number generators that dropout uses."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,218 @@
+"""What a training run needs to go on to the bit: weights that train, moments, schedule, loss scale.
+
+`EngineState` is DeepSpeed's own checkpoint without frozen weights, for every method; DeepSpeed loads it on as many ranks as
+wrote it. `MatrixState` is for one small matrix that trains alone, a ticket's rows: three (K, D) matrices as a whole, in
+kilobytes, which any number of ranks reads; stage 0 in 16 bits, where DeepSpeed hides its masters, cannot have it.
+DeepSpeed's files are pickled; here torch's restricted unpickler reads them, which knows tensors, plain values and the four
+classes below, and runs nothing.
+
+Legend: K rows, D elements of a row; `flat` is this rank's part of the flattened matrix.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ksl_ds.errors import UserError
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.rows import RowShard
+
+ENGINE_FOLDER, MATRIX_FILE = "deepspeed", "rows.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """How an engine reads and writes its files: without running pickled code, and without leaving other ranks in a barrier.
+
+    A failure to write is kept in `failure` until all ranks are through.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.failure: OSError | None = None
+        self.written: list[Path] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            super().save(state_dict, path)
+            self.written.append(Path(path))
+        except OSError as error:
+            self.failure = error
+        except RuntimeError as error:  # what torch makes of a full disk
+            self.failure = OSError(str(error))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _deepspeed_classes() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raises UserError on every rank where a pickle in `folder` names anything but data; each rank looks at its share."""
+    allowed = {f"{known.__module__}.{known.__qualname__}" for known in _deepspeed_classes()}
+    message = None
+    for path in sorted(folder.rglob("*.pt"))[cluster.rank() :: cluster.world_size()]:
+        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
+        if named:
+            message = f"{path} is no checkpoint of ours: loading it would run {min(named)}; delete {folder}"
+    cluster.raise_together(message)
+
+
+class EngineState:
+    """The state of a DeepSpeed engine as DeepSpeed saves it, a file or two a rank."""
+
+    any_world_size = False
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def bytes_of_rank(self) -> int:
+        moments = sum(moment.nbytes for moment in optimizer_tensors(self._engine))
+        weights = 0
+        if cluster.is_main():  # it alone writes weights that are not partitioned
+            trained = [weight for weight in self._engine.module.parameters() if weight.requires_grad]
+            weights = sum(weight.nbytes for weight in trained if not hasattr(weight, "ds_id"))
+        return moments * 3 // 2 + weights + (1 << 20)  # two moments, and the masters
+
+    def save(self, folder: Path) -> list[Path]:
+        """Raises OSError on the ranks that could not write; all ranks return from DeepSpeed first."""
+        writer = SafeCheckpointEngine(self._engine._config)
+        self._engine.checkpoint_engine = writer
+        # It copies a script along, from rank 0 outside of the writer: of no use here, and a failure would strand the others.
+        self._engine._copy_recovery_script = lambda folder: None
+        self._engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, exclude_frozen_parameters=True, save_latest=False)
+        if writer.failure is not None:
+            raise writer.failure
+        return writer.written
+
+    def load(self, folder: Path) -> None:
+        _refuse_code(folder)
+        self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
+        # Not strict: the frozen weights are not there.
+        self._engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER, load_module_strict=False)
+
+
+class MatrixState:
+    """The state of a run of AdamW on one small matrix, whole, whatever ZeRO makes of it in memory.
+
+    Parameters
+    ----------
+    engine : a DeepSpeed engine that trains nothing else
+    matrix : the (K, D) parameter
+    label : int64 (K,), what its rows are; a checkpoint of other rows is refused
+    """
+
+    any_world_size = True
+
+    def __init__(self, engine: Any, matrix: nn.Parameter, label: Tensor):
+        self._engine, self._matrix, self._label = engine, matrix, label.cpu()
+        self._shard = RowShard(matrix)
+        self._shape = (self._shard.num_rows, self._shard.row_length)
+
+    def bytes_of_rank(self) -> int:
+        return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if cluster.is_main() else 0
+
+    def save(self, folder: Path) -> list[Path]:
+        scheduler = self._engine.lr_scheduler.state_dict()
+        numbers = {
+            "scheduler_epoch": scheduler["last_epoch"],
+            "learning_rate": scheduler["_last_lr"][0],
+            "steps": float(_states(self._engine)[self._stepped()]["step"]),
+            **{f"loss_scaler.{name}": value for name, value in _numbers(self._loss_scaler()).items()},
+        }
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        tensors |= {"label": self._label, "values": self._shard.read_rows(torch.arange(self._shape[0]))}
+        for name in MOMENTS:
+            tensors[name] = self._whole(_states(self._engine)[self._stepped()][name])
+        if not cluster.is_main():
+            return []
+        safetensors.torch.save_file(tensors, folder / MATRIX_FILE)
+        return [folder / MATRIX_FILE]
+
+    def load(self, folder: Path) -> None:
+        with cluster.together():
+            try:
+                tensors = safetensors.torch.load_file(folder / MATRIX_FILE)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{folder / MATRIX_FILE} cannot be read: {error}") from None
+            if not torch.equal(tensors["label"], self._label) or tuple(tensors["values"].shape) != self._shape:
+                raise UserError(f"{folder} is a checkpoint of another ticket's rows; choose another run_dir")
+        self._shard.write_rows(torch.arange(self._shape[0]), tensors["values"])
+        stepped = self._stepped()
+        moments = {name: torch.zeros_like(stepped) for name in MOMENTS}
+        held = self._shard.held()
+        for name, moment in moments.items():
+            moment.view(-1)[: held.size].copy_(tensors[name].flatten()[held.start : held.stop])
+        steps = tensors["steps"].float().to(stepped.device)
+        _states(self._engine)[stepped] = {"step": steps, **moments}
+        learning_rate = float(tensors["learning_rate"])
+        self._engine.lr_scheduler.load_state_dict(
+            {
+                **self._engine.lr_scheduler.state_dict(),
+                "last_epoch": int(tensors["scheduler_epoch"]),
+                "_last_lr": [learning_rate],
+            }
+        )
+        for group in _inner(self._engine).param_groups:
+            group["lr"] = learning_rate
+        scaler = self._loss_scaler()
+        for name, value in _numbers(scaler).items():
+            setattr(scaler, name, type(value)(tensors[f"loss_scaler.{name}"]))
+
+    def _stepped(self) -> nn.Parameter | Tensor:
+        """The tensor that the optimizer steps on this rank: fp32, flat and perhaps padded under ZeRO."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3, stages 1 and 2
+            if hasattr(self._engine.optimizer, name):
+                return getattr(self._engine.optimizer, name)[0]
+        if not isinstance(self._engine.optimizer, torch.optim.Optimizer):
+            raise UserError("checkpoints of a ticket's rows need ZeRO stage 1, 2 or 3, or training.precision=fp32")
+        return self._matrix
+
+    def _whole(self, moment: Tensor) -> Tensor:
+        """A moment as a whole on every rank, float32 (K, D) on the CPU."""
+        held = self._shard.held()
+        whole_KD = torch.zeros(self._shape, dtype=torch.float32, device=cluster.device())
+        if cluster.is_main() or self._engine.zero_optimization_stage() > 0:  # without ZeRO every rank has all
+            whole_KD.view(-1)[held.start : held.stop] = moment.view(-1)[: held.size]
+        # Summed as integers, of which all but one are 0: a float -0.0 would not survive the addition.
+        return cluster.all_reduce(whole_KD.view(torch.int32)).view(torch.float32).cpu()
+
+    def _loss_scaler(self) -> Any:
+        return getattr(self._engine.optimizer, "loss_scaler", None)
+
+
+def optimizer_tensors(engine: Any) -> list[Tensor]:
+    """The optimizer's states on this rank: Adam's two moments, as large as what this rank steps."""
+    return [
+        value
+        for state in _states(engine).values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim
+    ]
+
+
+def _inner(engine: Any) -> Any:
+    """The torch optimizer within DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _states(engine: Any) -> Any:
+    return _inner(engine).state
+
+
+def _numbers(scaler: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(scaler).items() if isinstance(value, (int, float))} if scaler else {}

@@ -1,0 +1,147 @@
+"""Run by test_resume.py on several ranks, in a small file system: damaged checkpoints, and a full disk."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ksl_ds.commands import tune
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.report.tracking import Tracker
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.checkpoint import MANIFEST, Checkpoints, file_sha256
+from ksl_ds.sharding.engine import quiet_libraries
+
+cluster.start()
+quiet_libraries(False)
+log = Tracker.log
+WORDS = ["text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]", "checkpoint.every=2"]
+
+
+class Stopped(Exception):
+    """The end that a test gives to a run."""
+
+
+def train(run_dir: str, *words: str, after_log=None) -> str:
+    """Embed tuning; returns the sentence that ended it, or ""."""
+
+    def logged(tracker, stage, step, **numbers):
+        log(tracker, stage, step, **numbers)
+        if after_log is not None and stage == "embed_tuning":
+            after_log(step)
+
+    Tracker.log = logged
+    try:
+        tune.run(load_recipe(Recipe, "recipe.yaml", [*WORDS, f"run_dir={run_dir}", *words]))
+    except UserError as error:
+        message = str(error)
+        assert len(set(cluster.gather_objects(message))) == 1, message
+        return message
+    except Stopped:
+        return "stopped"
+    return ""
+
+
+def stop_after(last: int):
+    def stop(step: int) -> None:
+        if step == last:
+            raise Stopped
+
+    return stop
+
+
+def losses(run_dir: str) -> list[float]:
+    entries = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if entry["stage"] == "embed_tuning" and "loss" in entry]
+
+
+def steps(run_dir: str) -> list[str]:
+    return sorted(path.name for path in Path(run_dir, "checkpoints/embed_tuning_steps").glob("step-*"))
+
+
+assert train("whole") == ""
+
+# Six steps, stopped in the fifth: checkpoints of steps 2 and 4. The newest is damaged in four ways, the one before is taken.
+assert train("parts", after_log=stop_after(5)) == "stopped"
+assert steps("parts") == ["step-00000002", "step-00000004"]
+DEEPSPEED = "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / DEEPSPEED, (folder / DEEPSPEED).stat().st_size // 2)
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / "rank-00001.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "rank-00001.safetensors").write_bytes(content)
+
+
+def lose(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("{")
+
+
+for damage in (truncate, flip, lose, break_manifest):
+    copy = damage.__name__
+    if cluster.is_main():
+        shutil.copytree("parts", copy)
+        damage(Path(copy, "checkpoints/embed_tuning_steps/step-00000004"))
+    cluster.barrier()
+    assert train(copy, "resume=auto") == ""
+    assert losses(copy) == losses("whole"), copy
+    assert json.loads(Path(copy, "results.json").read_text())["resumed"][0]["step"] == 2
+
+# A pickle that would run a command, with a manifest that vouches for it: refused, and nothing is run.
+if cluster.is_main():
+    shutil.copytree("parts", "malicious")
+    folder = Path("malicious/checkpoints/embed_tuning_steps/step-00000004")
+
+    class Command:
+        def __reduce__(self):
+            return (os.mkdir, ("executed",))
+
+    torch.save({"optimizer_state_dict": Command()}, folder / DEEPSPEED)
+    digests = json.loads((folder / MANIFEST).read_text())
+    digests[DEEPSPEED] = [(folder / DEEPSPEED).stat().st_size, file_sha256(folder / DEEPSPEED)]
+    (folder / MANIFEST).write_text(json.dumps(digests))
+cluster.barrier()
+message = train("malicious", "resume=auto")
+assert "posix.mkdir" in message and DEEPSPEED in message, message
+assert not Path("executed").exists()
+
+# The disk fills up. Once it is noticed beforehand, once only by the write itself.
+for notices in (True, False):
+    run_dir, filler = ("full", Path("filler"))
+
+    def fill(step: int, filler: Path = filler) -> None:
+        if step == 3 and cluster.is_main():
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        cluster.barrier()
+
+    check_space = Checkpoints._check_space
+    if not notices:
+        Checkpoints._check_space = lambda *arguments: None
+    message = train(run_dir, after_log=fill)
+    Checkpoints._check_space = check_space
+    assert "checkpoint of step 4 cannot be written" in message and "step-00000002" in message, message
+    cluster.barrier()
+    if cluster.is_main():
+        filler.unlink()
+    cluster.barrier()
+    assert steps(run_dir) == ["step-00000002"]
+    assert train(run_dir, "resume=auto") == ""
+    assert losses(run_dir) == losses("whole")
+    if cluster.is_main():
+        shutil.rmtree(run_dir)
+    cluster.barrier()
+cluster.stop()

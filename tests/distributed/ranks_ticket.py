@@ -1,0 +1,117 @@
+"""Run by test_ticket.py on several ranks: the two ways to train a ticket give the same losses and rows."""
+
+import itertools
+
+import deepspeed
+import torch
+from tiny import SHAPES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ksl_ds import train_only_rows
+from ksl_ds.model.ticket_rows import TicketRows
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import dismantle, quiet_libraries
+from ksl_ds.sharding.rows import RowShard
+
+cluster.start()
+quiet_libraries(False)
+VOCABULARY, STEPS = 67, 50
+TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them
+
+
+def build(architecture: str, tied: bool, dtype: torch.dtype, stage: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture,
+        **SHAPES[architecture],
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    if stage == 3:
+        config_dict = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        deepspeed.zero.Init(module=model, config_dict_or_path=config_dict, dtype=dtype)
+    return model.requires_grad_(False)
+
+
+def train(
+    mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, accumulation=1, ticket=TICKET, decay=0.1, **zero
+):
+    """Losses and gradient norms of all steps, and the ticket's rows, after AdamW with decay and clipping."""
+    model = build(architecture, tied, dtype, stage)
+    shard = RowShard(model.get_input_embeddings().weight)
+    base_KD = shard.read_rows(ticket)
+    base_VD = shard.read_rows(torch.arange(VOCABULARY))
+    if mode == "rows":
+        rows = TicketRows(model, ticket, base_KD)
+        trained = rows.delta_KD
+    else:
+        trained = model.get_input_embeddings().weight.requires_grad_(True)
+        rows = train_only_rows(model, ticket) if mode == "hooks" else None
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, **zero},
+    }
+    optimizer = torch.optim.AdamW([trained], lr=0.01, weight_decay=decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    generator = torch.Generator().manual_seed(cluster.rank())
+    losses, norms = [], []
+    for micro_step in range(accumulation * steps):
+        ids = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        if (micro_step + 1) % accumulation == 0:
+            norms.append(float(engine.get_global_grad_norm() or 0))
+    if mode == "rows":
+        # Nothing of the matrix's size is trained: the optimizer holds this rank's part of the K rows, and padding.
+        held = sum(state.numel() for state in optimizer.state.values() for state in [state["exp_avg"]])
+        assert held <= len(ticket) * 32 / cluster.world_size() + 64, held
+        after_KD = rows.moved(RowShard(trained).read_rows(torch.arange(len(ticket))))
+    else:
+        after_KD = shard.read_rows(ticket)
+    dismantle(engine)
+    if rows is not None:
+        rows.remove()
+    if mode == "rows":
+        assert torch.equal(shard.read_rows(torch.arange(VOCABULARY)), base_VD)
+        assert not any("ticket" in name for name, _ in model.named_modules())
+    return torch.tensor(losses), torch.tensor(norms), after_KD, base_KD
+
+
+def compare(*case, tolerance, **options):
+    hooks, rows = (train(mode, *case, **options) for mode in ("hooks", "rows"))
+    for quantity, ours, theirs in zip(("loss", "norm", "rows"), rows, hooks, strict=False):
+        furthest = float((ours - theirs).abs().max())
+        assert furthest <= tolerance, (case, quantity, furthest)
+    moved = (rows[2] - rows[3]).abs().max()
+    assert moved > 0.01, case
+
+
+# Every stage and kind of head with every architecture, over the two numbers of ranks that the test starts.
+kinds = ((2, True), (3, False)) if cluster.world_size() == 2 else ((2, False), (3, True))
+for architecture, (stage, tied) in itertools.product(SHAPES, kinds):
+    compare(architecture, tied, stage, tolerance=1e-6)
+compare("llama", True, 0, tolerance=1e-6, steps=10)
+compare("llama", False, 1, tolerance=1e-6, steps=10, accumulation=2)
+compare("llama", True, 3, tolerance=1e-6, steps=10, accumulation=2, offload_optimizer={"device": "cpu"})
+# In 16 bits a difference rounds otherwise than a row does.
+compare("llama", True, 3, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
+compare("gemma", False, 2, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
+# A ticket of all rows is embed tuning, to the bit; without decay, which goes elsewhere there.
+everything = torch.arange(VOCABULARY)
+for stage, dtype in ((3, torch.float32), (2, torch.bfloat16)):
+    ours, theirs = (
+        train(mode, "llama", True, stage, dtype, steps=10, ticket=everything, decay=0.0)
+        for mode in ("hooks", "embed tuning")
+    )
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), (stage, dtype)
+cluster.stop()
