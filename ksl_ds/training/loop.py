@@ -109,14 +109,14 @@ def train(
             for step in steps:
                 step_started = time.perf_counter()
                 learning_rate = scheduler.get_last_lr()[0]
-                global_batch = [examples[index] for index in order.batch(step)]
-                loss, ends = train_step(engine, run, order.batch(step), bool(signals))
+                indices = order.batch(step)
+                loss, ends = train_step(engine, run, indices, bool(signals))
                 if not math.isfinite(loss):
                     raise UserError(
                         f"{stage}: the loss of step {step + 1} is {loss}; lower its learning_rate "
                         f"({tuning.learning_rate}) or use training.precision=bf16 or fp32"
                     )
-                batch_tokens = sum(map(len, global_batch))
+                batch_tokens = sum(len(examples[index]) for index in indices)
                 outcome.steps, outcome.tokens = step + 1, outcome.tokens + batch_tokens
                 outcome.losses.append(loss)
                 seconds = time.perf_counter() - step_started
