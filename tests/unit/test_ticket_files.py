@@ -126,7 +126,7 @@ def test_ticket_with_peft_config_of_other_rows_is_refused(folder):
         Ticket.load(folder)
 
 
-@pytest.mark.parametrize("failing", ["_write_json", "_sync"])
+@pytest.mark.parametrize("failing", ["_write_json", "sync"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_interrupted_ticket_write_leaves_the_old_or_nothing(folder, tmp_path, monkeypatch, failing, existing):
     old = Ticket.load(folder)
