@@ -71,8 +71,8 @@ def write_run(recipe: Recipe, entry: Entry, seed: int, home: Path, translate, **
     }
 
 
-def write_comparison(home: Path, *words: str) -> tuple[Recipe, dict[str, dict[int, dict[str, Any]]]]:
-    """A recipe, and `outcomes` by key and seed of runs that lie in `home`."""
+def write_comparison(home: Path, *words: str) -> tuple[Recipe, Path, dict[str, dict[int, dict[str, Any]]]]:
+    """What `finish` takes: a recipe, the new folder `home` with runs in it, and their outcomes by key and seed."""
     home.mkdir(parents=True)
     words = (f"run_dir={home}", "model.path=m", "text.test=t.jsonl", 'tracking.wandb="off"', *words)
     recipe = load_recipe(Recipe, None, list(words))
@@ -98,4 +98,4 @@ def write_comparison(home: Path, *words: str) -> tuple[Recipe, dict[str, dict[in
             1: {"missing": "the loss of step 2 is nan", "failed": True},
         },
     }
-    return recipe, outcomes
+    return recipe, home, outcomes

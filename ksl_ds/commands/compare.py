@@ -23,6 +23,7 @@ from ksl_ds.commands.entries import (
     OF_ALPHA,
     ONE_ROW,
     Entry,
+    clear_unfinished,
     entries_of,
     finished,
     home_of,
@@ -125,6 +126,7 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     if outcome is not None:
         cluster.say(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
         return outcome
+    _on_main(lambda: clear_unfinished(entry, folder, wanted))
     try:
         _run_entry(comparison, entry, seed, wanted)
     except UnavailableRow as error:

@@ -162,9 +162,9 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
     with Tracker(home, recipe) as tracker:
         for caption, content in figures.items():
             tracker.figure(caption, content)
-    notes = [*report.exceptions(comparison)]
+    words = report.readings(results)
     if len(results["environments_of_runs"]) > 1:
-        notes.append("The runs were made on different software or hardware; the results.json of each says on which.")
+        words.append("The runs were made on different software or hardware; the results.json of each says on which.")
     pairs = {name: part["pairs"] for name, part in results["text"].items()}
     seeds = ", ".join(map(str, comparison["seeds"]))
     drawn = (figure(caption, content, f"f{number}") for number, (caption, content) in enumerate(figures.items()))
@@ -179,8 +179,8 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
         notes=[],
         summary=f"{what_was_run(recipe, pairs, {}, results['environment']['ranks'])} Seeds: {seeds}.",
         sections=[
-            Section("Scores", table(report.score_table(results)) + sentences(*notes, *report.readings(results))),
-            Section("Differences", table(report.difference_table(results))),
+            Section("Scores", table(report.score_table(results))),
+            Section("Differences", table(report.difference_table(results)) + sentences(*words)),
             Section("Figures", Markup("\n").join(drawn)),
         ],
         environment=results["environment"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,10 +187,19 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{folder / 'results.json'} is no JSON: {error}") from None
 
 
-def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str) -> str:
-    """The first key in which a recorded recipe differs from a wanted one as far as `method` reads it; empty for none."""
+def clear_unfinished(entry: Entry, folder: Path, wanted: Recipe) -> None:
+    """Makes room where a run of another recipe was stopped or failed; one of the same recipe will be gone on with."""
+    results = read_results(folder)
+    unfinished = results is not None and entry.stage not in results.get("stages", {})
+    if results is not None and unfinished and differs(results.get("recipe", {}), wanted):
+        shutil.rmtree(folder)
+
+
+def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str | None = None) -> str:
+    """The first key in which a recorded recipe differs from a wanted one, as far as `method` reads it; empty for none."""
     mine = clean(wanted)
-    skipped = NO_MATTER | {section for section, methods in READ_BY.items() if method not in methods}
+    unread = {section for section, methods in READ_BY.items() if method is not None and method not in methods}
+    skipped = NO_MATTER | unread
     for name in sorted(mine.keys() - skipped):
         left, right = theirs.get(name), mine[name]
         if isinstance(left, Mapping) and isinstance(right, Mapping):

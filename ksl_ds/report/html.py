@@ -121,8 +121,10 @@ def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> st
     raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
     if raw < 0.5 or first >= raw / 2:
         return ""
-    line = f"only by {first:.1f} on the first line" if first > 0 else f"but falls by {-first:.1f} on the first line"
-    share = "more than half" if first > 0 else "all"
+    line, share = f"only by {first:.1f} on the first line", "more than half"
+    if first <= 0.05:
+        share = "all"
+        line = f"but falls by {-first:.1f} on the first line" if first < -0.05 else "but not on the first line"
     return f"BLEU rises by {raw:.1f} over the untuned model, {line}: {share} of the gain is the model learning to stop."
 
 

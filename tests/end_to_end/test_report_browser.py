@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from html_requests import Page
 from PIL import Image
+from synthetic_comparison import write_comparison
 from synthetic_run import report_contents
 
+from ksl_ds.commands.comparison import finish
 from ksl_ds.report.html import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -33,11 +35,15 @@ PROBE = """<!DOCTYPE html><title>probe</title><body style="margin:0">
 }}</script>"""
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, title="A run", summary="What was run.", **report_contents())
-    return path
+@pytest.fixture(scope="module", params=["lottery", "compare"])
+def report(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / request.param
+    if request.param == "compare":
+        finish(*write_comparison(folder))
+    else:
+        folder.mkdir()
+        write_report(folder / "report.html", title="A run", summary="What was run.", **report_contents())
+    return folder / "report.html"
 
 
 def browse(path: Path, *words: str) -> subprocess.CompletedProcess:

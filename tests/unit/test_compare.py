@@ -15,7 +15,16 @@ from synthetic_comparison import REFERENCES, good, perfect, poor, rambling, writ
 from ksl_ds.cli import main
 from ksl_ds.commands import compare
 from ksl_ds.commands.comparison import finish
-from ksl_ds.commands.entries import Entry, differs, entries_of, finished, home_of, scored_by_lottery, seeds_of
+from ksl_ds.commands.entries import (
+    Entry,
+    clear_unfinished,
+    differs,
+    entries_of,
+    finished,
+    home_of,
+    scored_by_lottery,
+    seeds_of,
+)
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.shift import Shift
 from ksl_ds.recipe import Recipe, load_recipe
@@ -108,9 +117,14 @@ def test_a_run_is_found_again_unless_its_recipe_changed(tmp_path):
         UserError, match=r"lora-seed0 holds a run of another recipe: lora.r is 8 there and 4 here; move"
     ):
         finished(entry, entry.folder(home, 0), changed)
-    # A run that was stopped before its scores is none.
-    (entry.folder(home, 0) / "results.json").write_text('{"stages": {}, "recipe": {}}')
+    # A run that was stopped before its scores is none; where the recipe is the same it is left to be gone on with.
+    found["stages"] = {}
+    (entry.folder(home, 0) / "results.json").write_text(json.dumps(found))
     assert finished(entry, entry.folder(home, 0), changed) is None
+    clear_unfinished(entry, entry.folder(home, 0), entry.recipe(whole, home, 0, None))
+    assert entry.folder(home, 0).exists()
+    clear_unfinished(entry, entry.folder(home, 0), changed)
+    assert not entry.folder(home, 0).exists()
 
 
 def test_a_lotterys_stages_serve_for_its_seed_and_its_alpha(tmp_path):
@@ -305,8 +319,7 @@ def test_a_difference_is_significant_with_every_seed_and_in_one_direction(of_see
 def compared(tmp_path_factory):
     """A finished comparison of made-up runs: its folder and its results.json."""
     home = tmp_path_factory.mktemp("runs") / "made-up"
-    made, outcomes = write_comparison(home)
-    finish(made, home, outcomes)
+    finish(*write_comparison(home))
     return home, json.loads((home / "results.json").read_text())
 
 
@@ -372,6 +385,9 @@ def test_the_words_name_what_is_significant_and_what_only_stops(compared):
         for text in sentences
     )
     stopping = [text for text in sentences if "learned to stop" in text]
+    assert all(
+        text.endswith("but not on the first line: all of the gain is the model learning to stop.") for text in stopping
+    )
     assert [text.partition(":")[0] for text in stopping] == [
         "partial tuning alpha 0.5",
         "partial tuning alpha 0.52",
@@ -405,9 +421,9 @@ def test_the_report_holds_tables_words_figures_and_samples(compared):
 
 
 def test_a_test_text_of_few_sentences_gets_no_bootstrap(tmp_path, monkeypatch):
-    recipe_of, outcomes = write_comparison(tmp_path / "x")
+    written = write_comparison(tmp_path / "x")
     monkeypatch.setattr(report, "FEWEST_SENTENCES", 41)
-    finish(recipe_of, tmp_path / "x", outcomes)
+    finish(*written)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     assert results["comparison"]["tests"] == {}
     assert any("fewer than 41 test sentences" in text for text in report.readings(results))

@@ -27,7 +27,7 @@ NOT_TAKEN = {
     "arrow": ("", "Choose Format ▸ Page Style first.", "Choisissez d'abord Format ▸ Style de page."),
     "same": ("", "This was never translated at all.", "This was never translated, at all!"),
     "short": ("", "Saves the file.", "Enregistre le fichier."),
-    "long": ("", "word " * 41 + ".", "mot " * 20 + "."),
+    "long": ("", "word " * 41 + ".", "mots " * 20 + "."),
     "two": ("", "Click the cell. Press Enter then.", "Cliquez sur la cellule. Appuyez sur Entrée."),
     "half": ("", "On the Standard bar, click", "Dans la barre Standard, cliquez sur"),
     "image": ("", "Click the <img src='x.png'> icon to save.", "Cliquez sur l'icône <img src='x.png'> pour finir."),
