@@ -21,12 +21,17 @@ COMMANDS = {
     "draw": ("the KS test of two checkpoints of one model", "before=DIR after=DIR out=DIR [key=value ...]"),
     "transfer": ("write a model with a ticket's rows", "base=DIR ticket=DIR out=DIR"),
     "evaluate": ("translate held-out text and score it", "RECIPE.yaml [key=value ...]"),
+    "certify": (
+        "how far a ticket's model agrees with the embed-tuned one: certificate and measurement",
+        "RECIPE.yaml reference=DIR [ticket=DIR] [key=value ...]",
+    ),
     "inspect": ("look at a ticket, or at what two tickets share", "TICKET [OTHER]"),
 }
 SCHEMA = {
     "lottery": "Recipe",
     "tune": "Recipe",
     "evaluate": "Recipe",
+    "certify": "Recipe",
     "draw": "DrawCommand",
     "transfer": "TransferCommand",
 }

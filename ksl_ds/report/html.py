@@ -37,7 +37,7 @@ _parts: Any = _jinja.from_string(PARTS).module
 
 @dataclass
 class Section:
-    """A part of the page. `body` is HTML: build it with `table`, `figure`, `paragraphs`."""
+    """A part of the page. `body` is HTML: build it with `table`, `figure`, `paragraphs`, `bullets`."""
 
     title: str
     body: str
@@ -60,6 +60,11 @@ def figure(caption: str, content: Figure, prefix: str) -> Markup:
 def paragraphs(*texts: str) -> Markup:
     """Plain text, a paragraph each."""
     return Markup(_parts.paragraphs(texts))
+
+
+def bullets(*texts: str) -> Markup:
+    """Plain text, a list item each."""
+    return Markup(_parts.bullets(texts))
 
 
 def samples_html(samples: Sequence[Mapping[str, Any]]) -> Markup:
@@ -184,8 +189,6 @@ def write_report(
         scores = stage_table(stages)
         body = table(scores) + Markup(_parts.reading(reading(stages), [*notes]))
         parts.append(Section("Scores", body))
-    elif notes:
-        parts.append(Section("Notes", paragraphs(*notes)))
     if ticket_rows:
         parts.append(
             Section("Ticket", table(ticket_table(ticket_rows, TICKET_ROWS), tall=True) + Markup(_parts.ticket()))
@@ -194,6 +197,8 @@ def write_report(
         drawn = (figure(caption, content, f"f{number}") for number, (caption, content) in enumerate(figures.items()))
         parts.append(Section("Figures", Markup("\n").join(drawn)))
     parts += sections
+    if notes and not stages:
+        parts.append(Section("Notes", paragraphs(*notes)))
     if samples:
         parts.append(Section("Sample translations", samples_html(samples)))
     if recipe_yaml:

@@ -138,6 +138,14 @@ PARTS = """
 {% endfor %}
 {% endmacro %}
 
+{% macro bullets(texts) %}
+<ul class="reading">
+{% for text in texts %}
+<li>{{ text }}</li>
+{% endfor %}
+</ul>
+{% endmacro %}
+
 {% macro reading(sentences, notes) %}
 <h3>How to read it</h3>
 <ul class="reading">
@@ -149,11 +157,7 @@ chrF++ a lot; the first-line score and the stop rate show how much of a gain is 
 </ul>
 {% if sentences or notes %}
 <h3>In this run</h3>
-<ul class="reading">
-{% for sentence in sentences + notes %}
-<li>{{ sentence }}</li>
-{% endfor %}
-</ul>
+{{ bullets(sentences + notes) }}
 {% endif %}
 {% endmacro %}
 
