@@ -9,7 +9,6 @@ Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from ksl_ds.lottery.pvalues import critical_count
 from ksl_ds.lottery.shift import dtype_name
 from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.model.folder import ModelFolder
-from ksl_ds.model.load import differing_weight, load_model, open_folder
+from ksl_ds.model.load import differing_weight, free_weights, load_model, open_folder
 from ksl_ds.recipe import Model, Recipe
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import sharded_shift
@@ -119,7 +118,7 @@ def predict_candidates(run: Run, reference: ModelFolder) -> tuple[list[Candidate
             predictions,
         )
         candidates.append(last)
-    del run.model, embedding, shard
+    free_weights(run.model)
     return candidates, shift
 
 
@@ -144,10 +143,9 @@ def _given_ticket(run: Run, ticket: Ticket, shift: Shift) -> Candidate:
 
 
 def predict_reference(run: Run, reference: ModelFolder) -> Predictions:
-    """The reference's predictions. It becomes the run's model, in the place of the freed base."""
-    gc.collect()  # ZeRO-3's parameters hold themselves in cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    """The reference's predictions. It takes the place of the freed base in memory, and is freed too."""
     cluster.say(f"loading the reference {reference.path}")
     run.model = load_model(replace(run.recipe, model=_reference_model(run.recipe)), reference, run.config)
-    return predict_test_text(run, "reference")
+    predictions = predict_test_text(run, "reference")
+    free_weights(run.model)
+    return predictions

@@ -74,6 +74,16 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     return model
 
 
+def free_weights(model: nn.Module) -> None:
+    """Gives this rank's memory of a model back; it cannot be used after.
+
+    Its weights are taken from it, since deleting the model is not enough: DeepSpeed's hooks and caches hold on to it.
+    """
+    for parameter in model.parameters():
+        for weight in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+
+
 def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
     """Copies between parameters of one shape, hence cut alike: each rank copies its own part."""
     with torch.no_grad():

@@ -133,8 +133,6 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Mo
 
 def dismantle(engine: Any) -> None:
     """Frees an engine's hooks, gradients and optimizer states; the model's own weights stay."""
-    from deepspeed.runtime.zero import parameter_offload
-
     for parameter in engine.module.parameters():
         parameter.grad = None
         # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
@@ -142,7 +140,6 @@ def dismantle(engine: Any) -> None:
     engine.destroy()
     engine.optimizer = None
     engine.module = None
-    parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed puts every engine's model there and would hold it for ever
     gc.collect()  # engines hold themselves in cycles, and with them the optimizer's states
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

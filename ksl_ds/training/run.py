@@ -107,9 +107,7 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
     }
     prompts = [prompt.encode_source(pair.source) for pair in corpora["test"].pairs]
     with Tracker(run_dir, recipe) as tracker:
-        run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
-        del model  # the run alone holds it, so that a command can free it
-        yield run
+        yield Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
 
 
 def _create(run_dir: Path, recipe: Recipe) -> None:
