@@ -37,10 +37,9 @@ from ksl_ds.report.certificate import (
     candidate_name,
     certificate_curves,
     certificate_reading,
+    certificate_sections,
     certificate_table,
-    counterexamples_html,
 )
-from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.tables import print_table
 from ksl_ds.sharding import cluster
 from ksl_ds.text.corpus import load_corpus
@@ -198,10 +197,7 @@ def show(run: Run, rows: list[dict[str, Any]], examples: list[dict[str, Any]]) -
     write_text(run.dir / "counterexamples.jsonl", "".join(lines))
     curves = certificate_curves(rows)
     run.tracker.figure("Certificate", curves)
-    body = table(content) + bullets(*reading) + figure("Certificate and agreement", curves, "curves")
-    sections = [Section("Certificate", body)]
-    if examples:
-        sections.append(Section("Counterexamples", counterexamples_html(examples)))
+    sections = certificate_sections(content, reading, curves, examples)
     write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
     cluster.say(f"\ncounterexamples ({len(examples):,}): {run.dir / 'counterexamples.jsonl'}")
     cluster.say(f"the report: {run.dir / 'report.html'}")

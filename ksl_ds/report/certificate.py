@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ksl_ds.lottery.certificate import CONFIDENCE, LEAST_SENTENCES
-from ksl_ds.report.html import table
+from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.plots import INK, PALETTE, style
 from ksl_ds.report.tables import DASH, Column, Table, count, decimals, stage_name, visible
 
@@ -148,8 +148,8 @@ def certificate_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ]
     colors = iter(PALETTE)
     with style():
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        for axes, (title, lines) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        curves = Figure(figsize=(7.2, 3.6), layout="constrained")
+        for axes, (title, lines) in zip(curves.subplots(1, 2, sharey=True), panels, strict=True):
             for part, key, label in lines:
                 color = next(colors)
                 for points, mark in ((grid, "o-"), (given, "D")):
@@ -163,8 +163,19 @@ def certificate_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set(title=title, xlabel="alpha", xlim=(0, 1), ylim=(-0.03, 1.03))
         if given:
             axes.plot([], [], "D", color=INK, markersize=4, label="the ticket given")
-        figure.legend(loc="outside upper left", ncols=3)
-    return figure
+        curves.legend(loc="outside upper left", ncols=3)
+    return curves
+
+
+def certificate_sections(
+    content: Table, reading: Sequence[str], curves: Figure, examples: Sequence[Mapping[str, Any]]
+) -> list[Section]:
+    """The parts of report.html: the certificate and, where there are some, its counterexamples."""
+    body = table(content) + bullets(*reading) + figure("Certificate and agreement", curves, "curves")
+    sections = [Section("Certificate", body)]
+    if examples:
+        sections.append(Section("Counterexamples", counterexamples_html(examples)))
+    return sections
 
 
 def counterexamples_html(found: Sequence[Mapping[str, Any]]) -> Markup:

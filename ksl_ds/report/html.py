@@ -173,7 +173,7 @@ def write_report(
     samples
         As for `samples_html`.
     notes
-        Remarks on this run that a reader must know, such as dropped pairs.
+        Remarks on this run that a reader must know, such as dropped pairs; beside the scores where there are some.
     sections
         Further parts (a certificate, a comparison), shown between the figures and the samples.
     environment
