@@ -55,8 +55,9 @@ def run(recipe: Recipe) -> None:
             "certify.alphas is empty and no ticket is given: there is nothing to compare with the reference"
         )
     reference = open_reference(recipe)
+    trained = trained_sources(recipe)
     with open_run(recipe, trains=False) as run:
-        trained = leave_out_trained_text(run)
+        left_out = leave_out(run, trained) if trained is not None else None
         candidates, shift = predict_candidates(run, reference)
         predictions = predict_reference(run, reference)
         judged = [judge(run, candidate, predictions, shift.num_samples) for candidate in candidates]
@@ -65,7 +66,7 @@ def run(recipe: Recipe) -> None:
             "claims": CLAIMS,
             "confidence": CONFIDENCE,
             "least_sentences": LEAST_SENTENCES,
-            "sentences_left_out_as_trained": trained,
+            "sentences_left_out_as_trained": left_out,
             "num_samples": shift.num_samples,
             "tested_dtype": shift.tested_dtype,
             "candidates": rows,
@@ -74,23 +75,23 @@ def run(recipe: Recipe) -> None:
         show(run, rows, [example for _, examples in judged for example in examples])
 
 
-def leave_out_trained_text(run: Run) -> int | None:
-    """Takes test sentences whose source is one of the training text out of the run, and says how many they were.
-
-    None where the recipe names no training text, so that nobody can tell.
-    """
-    if not run.recipe.text.train:
+def trained_sources(recipe: Recipe) -> set[str] | None:
+    """The source sentences of the training text; None where the recipe names none, so that nobody can tell."""
+    if not recipe.text.train:
         cluster.say("warning: the recipe has no text.train, so whether test sentences were trained on is not checked")
         return None
     with cluster.together():
-        trained = {pair.source for pair in load_corpus(run.recipe.text, "train", run.recipe.seed).pairs}
-        test = run.corpora["test"]
-        kept = [index for index, pair in enumerate(test.pairs) if pair.source not in trained]
-        if not kept:
-            raise UserError(
-                f"{test.name}: the source of every sentence is in text.train too; a certificate needs text that was not "
-                "trained on"
-            )
+        return {pair.source for pair in load_corpus(recipe.text, "train", recipe.seed).pairs}
+
+
+def leave_out(run: Run, trained: set[str]) -> int:
+    """Takes test sentences whose source was trained on out of the run, and says how many they were."""
+    test = run.corpora["test"]
+    kept = [index for index, pair in enumerate(test.pairs) if pair.source not in trained]
+    if not kept:
+        raise UserError(
+            f"{test.name}: the source of every sentence is in text.train too; a certificate needs text that was not trained on"
+        )
     overlap = len(test.pairs) - len(kept)
     if overlap:
         test.dropped["since their source is in text.train"] = overlap

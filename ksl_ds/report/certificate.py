@@ -51,14 +51,14 @@ def certificate_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     columns = [
         Column("", numeric=False),
         Column("ticket rows"),
+        Column("all tokens agree"),
+        Column(f"whole sentences agree [{PERCENT}]"),
         Column("tau"),
         Column("certified (reconstructed)"),
         Column("of them agree"),
         Column(f"sentences without counterexample [{PERCENT}]", optional=True),
         Column("certified (union bound)"),
         Column("of them agree", optional=True),
-        Column("all tokens agree"),
-        Column(f"whole sentences agree [{PERCENT}]"),
     ]
     share, cells = decimals(3), []
     for row in rows:
@@ -67,14 +67,14 @@ def certificate_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             [
                 candidate_name(row),
                 count(row["ticket_rows"]),
+                share(everything["agreement"]),
+                of_sentences(everything),
                 decimals(4)(row["tau"]),
                 share(criterion["share"]),
                 share(criterion["agreement"]),
                 of_sentences(criterion),
                 share(union["share"]),
                 share(union["agreement"]),
-                share(everything["agreement"]),
-                of_sentences(everything),
             ]
         )
     notes = [f"{name}: {text}" for name, text in CLAIMS.items()]
@@ -181,7 +181,6 @@ def certificate_sections(
 def counterexamples_html(found: Sequence[Mapping[str, Any]]) -> Markup:
     """Tables of certified tokens that differ, a table a candidate, the widest margin first."""
     columns = [
-        Column("source", numeric=False),
         Column("translation so far", numeric=False),
         Column("reference says", numeric=False),
         Column("candidate says", numeric=False),
@@ -189,6 +188,7 @@ def counterexamples_html(found: Sequence[Mapping[str, Any]]) -> Markup:
         Column("p_B"),
         Column("candidate's p_A"),
         Column("certified by", numeric=False),
+        Column("source", numeric=False),
     ]
     parts = []
     by_candidate: dict[str, list[Mapping[str, Any]]] = {}
@@ -197,12 +197,12 @@ def counterexamples_html(found: Sequence[Mapping[str, Any]]) -> Markup:
     for name, examples in by_candidate.items():
         cells = [
             [
-                example["source"],
                 f"…{text[-40:]}" if len(text := example["prefix"]) > 40 else text or DASH,
                 visible(example["reference_token"]),
                 visible(example["candidate_token"]),
                 *(decimals(3)(example[key]) for key in ("p_A", "p_B", "candidate_p_A")),
                 " and ".join(word for word, key in CRITERIA.items() if example[key]),
+                example["source"],
             ]
             for example in examples[:SHOWN]
         ]

@@ -33,7 +33,7 @@ tracking: {wandb: "off"}
 """
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MOVED = [40, 41, 42, 43]  # rows whose distribution shifts: the ticket at every alpha
+MOVED = [96, 97, 98, 99]  # rows whose distribution shifts: the ticket at every alpha; they stand in every prompt
 PERMUTED = list(range(44, 96))  # rows with D = 0 that mean something else: what no KS test sees
 
 
@@ -70,7 +70,7 @@ def job(tmp_path_factory):
 
     drawn = draw_ticket(rows_VD, permuted_VD, alpha=0.5)
     assert drawn.token_ids == MOVED
-    drawn.with_rows(drawn.rows_KD * 1.5, stage="partial_tuning").save(folder / "tuned", "model.embed_tokens")
+    drawn.with_rows(drawn.rows_KD * -3, stage="partial_tuning").save(folder / "tuned", "model.embed_tokens")
     top = draw_ticket(rows_VD, permuted_VD, selection="top_k", top_k=2)
     top.save(folder / "top", "model.embed_tokens")
     draw_ticket(moved_VD + 1, permuted_VD, alpha=0.5).save(folder / "other", "model.embed_tokens")
@@ -199,7 +199,7 @@ def test_a_given_ticket_is_compared_with_its_own_rows(job):
     assert [row["alpha"] for row in grid] == [0.5, 0.95]  # its own is added
     assert given["given"] and given["candidate"] == "partial_tuning" and given["alpha"] == 0.5
     assert given["ticket_rows"] == len(MOVED) and given["tokens_of_other_count"] == 0
-    tuned = dict(zip(MOVED, 1.5 * weights(job / "permuted")[EMBEDDING][MOVED], strict=True))
+    tuned = dict(zip(MOVED, -3 * weights(job / "permuted")[EMBEDDING][MOVED], strict=True))
     expected = by_hand(job, "permuted", tuned, critical_count(32, 0.5))
     assert given["tau_count"] == critical_count(32, 0.5)
     assert (
