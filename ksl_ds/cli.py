@@ -28,6 +28,10 @@ COMMANDS = {
         "KS tickets beside their controls and other methods: table, tests, plots",
         "RECIPE.yaml [key=value ...] | --from RESULTS.json",
     ),
+    "certify": (
+        "how far a ticket's model agrees with the embed-tuned one: certificate and measurement",
+        "RECIPE.yaml reference=DIR [ticket=DIR] [key=value ...]",
+    ),
     "inspect": ("look at a ticket, or at what two tickets share", "TICKET [OTHER]"),
 }
 SCHEMA = {
@@ -35,6 +39,7 @@ SCHEMA = {
     "tune": "Recipe",
     "evaluate": "Recipe",
     "compare": "Recipe",
+    "certify": "Recipe",
     "draw": "DrawCommand",
     "transfer": "TransferCommand",
 }

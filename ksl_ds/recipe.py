@@ -153,6 +153,14 @@ class Evaluation:
 
 
 @dataclass
+class Certify:
+    alphas: list[float] = key(
+        [0.05, 0.25, 0.5, 0.75, 0.95],
+        "levels whose partial transfer is compared with the reference; a ticket adds its own",
+    )
+
+
+@dataclass
 class Tracking:
     wandb: Literal["auto", "online", "offline", "off"] = key(
         "auto", "auto: online where there is a key and a network, else offline"
@@ -199,7 +207,7 @@ class Checkpoint:
 
 @dataclass
 class Recipe:
-    """A run of `lottery`, `tune`, `evaluate` or `compare`."""
+    """A run of `lottery`, `tune`, `evaluate`, `compare` or `certify`."""
 
     run_dir: str = key(MISSING, "folder that this run creates; everything it writes lies there")
     resume: Literal["never", "auto"] = key(
@@ -219,11 +227,13 @@ class Recipe:
     lora: Lora = key(Lora, "method lora, by PEFT")
     prefix: Prefix = key(Prefix, "method prefix, by PEFT")
     evaluation: Evaluation = key(Evaluation, "translation and scores")
+    certify: Certify = key(Certify, "the certificate")
     tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
     checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
     compare: Compare = key(Compare, "what `compare` puts side by side")
     method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
-    ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket` and for `evaluate`")
+    ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket`, for `evaluate` and for `certify`")
+    reference: Optional[str] = key(None, "folder of the embed-tuned model, for `certify`")
 
 
 @dataclass
@@ -407,6 +417,8 @@ def check_recipe(recipe: Recipe) -> None:
     if training.clip < 0:
         raise UserError(f"training.clip is {training.clip}; it must not be negative (0 switches clipping off)")
     check_alpha(draw.alpha, "draw.alpha")
+    for alpha in recipe.certify.alphas:
+        check_alpha(alpha, "certify.alphas")
     settled = draw.stop_when_settled
     if settled is not None and draw.every is None:
         raise UserError("draw.stop_when_settled needs draw.every, the number of steps between two draws")

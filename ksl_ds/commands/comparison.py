@@ -17,7 +17,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.recipe import Recipe
 from ksl_ds.report import comparison as report
 from ksl_ds.report.comparison_plots import loss_against_size, loss_curves, score_bars
-from ksl_ds.report.html import Section, figure, sentences, table, what_was_run, write_report
+from ksl_ds.report.html import Section, bullets, figure, table, what_was_run, write_report
 from ksl_ds.report.tables import print_table
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
@@ -180,7 +180,7 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
         summary=f"{what_was_run(recipe, pairs, {}, results['environment']['ranks'])} Seeds: {seeds}.",
         sections=[
             Section("Scores", table(report.score_table(results))),
-            Section("Differences", table(report.difference_table(results)) + sentences(*words)),
+            Section("Differences", table(report.difference_table(results)) + bullets(*words)),
             Section("Figures", Markup("\n").join(drawn)),
         ],
         environment=results["environment"],

@@ -77,7 +77,7 @@ def check_same_model(before: ModelFolder, after: ModelFolder) -> None:
     if shapes[0] != shapes[1]:
         raise UserError(
             f"{before.path} has an embedding of shape {shapes[0]} and {after.path} one of {shapes[1]}; "
-            "a draw compares two checkpoints of one model"
+            "only two checkpoints of one model can be compared"
         )
     vocabularies = [folder.tokenizer().get_vocab() for folder in (before, after)]
     if vocabularies[0] != vocabularies[1]:

@@ -41,7 +41,8 @@ OF_ALPHA = ("transfer", "ticket")
 ONE_ROW = ("newline", "bos", "first_prompt_token")
 # Where recipes may differ and still describe the same training and scores, and sections that only some methods read.
 NO_MATTER = {
-    "run_dir", "verbose", "tracking", "num_ranks", "resume", "checkpoint", "compare", "method", "ticket",
+    "run_dir", "verbose", "tracking", "num_ranks", "resume", "checkpoint", "compare", "certify", "method", "ticket",
+    "reference",
 }  # fmt: skip
 READ_BY = {
     "embed_tuning": ("embed", *NEEDS_EMBED),

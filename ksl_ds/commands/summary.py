@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ksl_ds.lottery.ks import critical_count
 from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
-from ksl_ds.report.html import what_was_run, write_report
+from ksl_ds.report.html import Section, what_was_run, write_report
 from ksl_ds.report.tables import print_table, stage_name, stage_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
 from ksl_ds.training.run import Run
@@ -62,19 +64,54 @@ def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> Non
     if not cluster.is_main():
         return
     print_table(ticket_table(rows, limit=TOKENS_SHOWN))
-    figures = _figures(run, shift, drawn, frequency_V)
+    write_run_report(
+        run,
+        title=f"KS-Lottery: {run.dir.name}",
+        stages=run.results["baselines"] | run.stages,
+        ticket_rows=rows,
+        figures=_figures(run, shift, drawn, frequency_V),
+        samples=_samples(run),
+        notes=_steps_saved(run),
+    )
+    for name, what in {
+        "ticket": "the ticket, tuned",
+        "report.html": "the report",
+        "checkpoints": "embed-tuned model, partial transfer",
+        "translations": "all hypotheses",
+    }.items():
+        cluster.say(f"{what + ':':36} {run.dir / name}")
+
+
+def write_run_report(
+    run: Run,
+    *,
+    title: str,
+    stages: Mapping[str, Mapping[str, Any]] | None = None,
+    ticket_rows: Sequence[Mapping[str, Any]] = (),
+    figures: Mapping[str, Figure] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+) -> None:
+    """Writes the run's report.html on rank 0, figures to wandb too. What every run has is added: recipe, text, hardware.
+
+    Parameters are those of `write_report`; `notes` are those of the command, dropped pairs are noted here.
+    """
+    if not cluster.is_main():
+        return
+    figures = figures or {}
     for caption, figure in figures.items():
         run.tracker.figure(caption, figure)
     write_report(
         run.dir / "report.html",
-        title=f"KS-Lottery: {run.dir.name}",
+        title=title,
         recipe_yaml=(run.dir / "recipe.yaml").read_text(),
-        stages=run.results["baselines"] | run.stages,
-        ticket_rows=rows,
+        stages=stages or {},
+        ticket_rows=ticket_rows,
         figures=figures,
-        samples=_samples(run),
+        samples=samples,
         notes=[
-            *_steps_saved(run),
+            *notes,
             *(
                 f"{name} text: {count:,} pairs left out, {reason}."
                 for name, part in run.results["text"].items()
@@ -87,15 +124,9 @@ def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> Non
             {name: stage["steps"] for name, stage in run.stages.items()},
             cluster.world_size(),
         ),
+        sections=sections,
         environment=run.results["environment"],
     )
-    for name, what in {
-        "ticket": "the ticket, tuned",
-        "report.html": "the report",
-        "checkpoints": "embed-tuned model, partial transfer",
-        "translations": "all hypotheses",
-    }.items():
-        cluster.say(f"{what + ':':36} {run.dir / name}")
 
 
 def _figures(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:

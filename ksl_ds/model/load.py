@@ -74,6 +74,16 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     return model
 
 
+def free_weights(model: nn.Module) -> None:
+    """Gives this rank's memory of a model back; it cannot be used after.
+
+    Its weights are taken from it, since deleting the model is not enough: DeepSpeed's hooks and caches hold on to it.
+    """
+    for parameter in model.parameters():
+        for weight in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+
+
 def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
     """Copies between parameters of one shape, hence cut alike: each rank copies its own part."""
     with torch.no_grad():
@@ -86,19 +96,24 @@ def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
     Tensors that the model stores in another form than the file (fused experts, say) have no counterpart to compare;
     the input embedding always has.
     """
-    failure = None
+    name = differing_weight(model, folder)
+    failure = f"{folder.path}: {name} differs from the checkpoint after loading; report this library mismatch"
+    cluster.raise_together(failure if name else None)
+
+
+def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:
+    """Name of the first weight whose part on this rank differs from a checkpoint's in the model's dtype, if any does."""
     for name, parameter in model.named_parameters():
         stored = folder.stored_name(name)
-        if stored is None:
+        if stored is None or parameter is leave_out:
             continue
         part, start = _local_part(parameter)
         if part.numel() == 0:
             continue
         expected = folder.read_flat(stored, start, start + part.numel())
         if not torch.equal(part.cpu(), expected.to(part.dtype)):
-            failure = f"{folder.path}: {name} differs from the checkpoint after loading; report this library mismatch"
-            break
-    cluster.raise_together(failure)
+            return name
+    return None
 
 
 def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:

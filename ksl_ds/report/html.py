@@ -37,7 +37,7 @@ _parts: Any = _jinja.from_string(PARTS).module
 
 @dataclass
 class Section:
-    """A part of the page. `body` is HTML: build it with `table`, `figure`, `paragraphs`."""
+    """A part of the page. `body` is HTML: build it with `table`, `figure`, `paragraphs`, `bullets`."""
 
     title: str
     body: str
@@ -62,9 +62,9 @@ def paragraphs(*texts: str) -> Markup:
     return Markup(_parts.paragraphs(texts))
 
 
-def sentences(*texts: str) -> Markup:
-    """Plain text, a bullet each."""
-    return Markup(_parts.sentences(texts))
+def bullets(*texts: str) -> Markup:
+    """Plain text, a list item each."""
+    return Markup(_parts.bullets(texts))
 
 
 def samples_html(samples: Sequence[Mapping[str, Any]]) -> Markup:
@@ -176,7 +176,7 @@ def write_report(
     samples
         As for `samples_html`.
     notes
-        Remarks on this run that a reader must know, such as dropped pairs.
+        Remarks on this run that a reader must know, such as dropped pairs; beside the scores where there are some.
     sections
         Further parts (a certificate, a comparison), shown between the figures and the samples.
     environment
@@ -192,8 +192,6 @@ def write_report(
         scores = stage_table(stages)
         body = table(scores) + Markup(_parts.reading(reading(stages), [*notes]))
         parts.append(Section("Scores", body))
-    elif notes:
-        parts.append(Section("Notes", paragraphs(*notes)))
     if ticket_rows:
         parts.append(
             Section("Ticket", table(ticket_table(ticket_rows, TICKET_ROWS), tall=True) + Markup(_parts.ticket()))
@@ -202,6 +200,8 @@ def write_report(
         drawn = (figure(caption, content, f"f{number}") for number, (caption, content) in enumerate(figures.items()))
         parts.append(Section("Figures", Markup("\n").join(drawn)))
     parts += sections
+    if notes and not stages:
+        parts.append(Section("Notes", paragraphs(*notes)))
     if samples:
         parts.append(Section("Sample translations", samples_html(samples)))
     if recipe_yaml:

@@ -138,7 +138,7 @@ PARTS = """
 {% endfor %}
 {% endmacro %}
 
-{% macro sentences(texts) %}
+{% macro bullets(texts) %}
 <ul class="reading">
 {% for text in texts %}
 <li>{{ text }}</li>
@@ -157,11 +157,7 @@ chrF++ a lot; the first-line score and the stop rate show how much of a gain is 
 </ul>
 {% if sentences or notes %}
 <h3>In this run</h3>
-<ul class="reading">
-{% for sentence in sentences + notes %}
-<li>{{ sentence }}</li>
-{% endfor %}
-</ul>
+{{ bullets(sentences + notes) }}
 {% endif %}
 {% endmacro %}
 

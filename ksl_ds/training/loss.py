@@ -20,12 +20,12 @@ from ksl_ds.sharding import cluster
 from ksl_ds.text.batches import Example, collate_training, rank_micro_batches, response_tokens
 
 
-def response_nll(
+def response_logits(
     model: Callable[..., Any],  # the module or the engine around it
     batch: dict[str, Tensor],  # input_ids, attention_mask, labels: (B, L) int64, labels -100 outside the response
     keeps_logits: bool,  # whether the model can skip the logits of early positions: see `can_keep_logits`
-) -> Tensor:
-    """Sum of -log p over the response tokens of a batch: a float32 scalar with gradient."""
+) -> tuple[Tensor, Tensor]:
+    """Logits that predict the response tokens of a batch, float32 (N, V), and these tokens, int64 (N,): pair after pair."""
     labels_BL = batch["labels"].to(cluster.device())
     extra = {}
     if keeps_logits:
@@ -40,8 +40,13 @@ def response_nll(
     ).logits
     targets_BL = labels_BL[:, labels_BL.shape[1] - logits_BLV.shape[1] + 1 :]
     at_response_BL = targets_BL != -100
-    logits_NV = logits_BLV[:, :-1][at_response_BL].float()
-    return F.cross_entropy(logits_NV, targets_BL[at_response_BL], reduction="sum")
+    return logits_BLV[:, :-1][at_response_BL].float(), targets_BL[at_response_BL]
+
+
+def response_nll(model: Callable[..., Any], batch: dict[str, Tensor], keeps_logits: bool) -> Tensor:
+    """Sum of -log p over the response tokens of a batch: a float32 scalar with gradient. Takes what `response_logits` does."""
+    logits_NV, targets_N = response_logits(model, batch, keeps_logits)
+    return F.cross_entropy(logits_NV, targets_N, reduction="sum")
 
 
 def can_keep_logits(model: nn.Module) -> bool:

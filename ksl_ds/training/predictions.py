@@ -1,0 +1,67 @@
+"""What a model predicts at every position of a text when the reference translation is its prefix (teacher forcing).
+
+One forward pass over the text, spread over the ranks; of each position only two probabilities and a token are kept, 16
+bytes, so that two models can be compared one after the other and need never be in memory together.
+
+Legend: N predicted tokens, S sentences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ksl_ds.lottery.certificate import Predictions
+from ksl_ds.sharding import cluster
+from ksl_ds.text.batches import Example, collate_training, rank_micro_batches
+from ksl_ds.training.evaluate import evaluation_model
+from ksl_ds.training.loss import can_keep_logits, response_logits
+from ksl_ds.training.run import Run
+
+
+def predict_test_text(run: Run, label: str) -> Predictions:
+    """The predictions of the run's model as it stands on the test text, in its order, the same on every rank."""
+    with evaluation_model(run) as (module, _):
+        return predict(module, run.model, run.examples["test"], run.pad_id, run.recipe.evaluation.batch_size, label)
+
+
+@torch.no_grad()
+def predict(
+    model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int, label: str
+) -> Predictions:
+    """Predictions at the response tokens of `examples`, end token included, `size` pairs of a rank at once."""
+    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index]))
+    keeps_logits = can_keep_logits(module)
+    was_training = module.training
+    module.eval()
+    found = {}
+    # As many batches on every rank, some perhaps empty: the forward pass of a partitioned model is a collective.
+    batches = rank_micro_batches(by_length, cluster.rank(), cluster.world_size(), size)
+    with cluster.progress(batches, label) as bar:
+        for indices in bar:
+            batch = [examples[index] for index in indices]
+            logits_NV, _ = response_logits(model, collate_training(batch, pad_id), keeps_logits)
+            highest = logits_NV.topk(2, dim=1)
+            probability_N2 = (highest.values - logits_NV.logsumexp(dim=1, keepdim=True)).exp().cpu()
+            top_N = highest.indices[:, 0].cpu()
+            lengths = [len(example.response_ids) for example in batch]
+            # numpy, since small torch tensors pickle with all of their storage
+            for index, of_both, of_top in zip(
+                indices, probability_N2.split(lengths), top_N.split(lengths), strict=True
+            ):
+                found[index] = of_both.numpy().copy(), of_top.numpy().copy()
+    module.train(was_training)
+    everything: dict[int, Any] = {}
+    for part in cluster.gather_objects(found):
+        everything |= part
+    in_order = [everything[index] for index in range(len(examples))]
+    first_N, second_N = torch.cat([torch.from_numpy(both) for both, _ in in_order]).T.contiguous()
+    return Predictions(
+        first_N,
+        second_N,
+        torch.cat([torch.from_numpy(top) for _, top in in_order]),
+        torch.tensor([len(top) for _, top in in_order]),
+    )
