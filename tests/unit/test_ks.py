@@ -163,8 +163,9 @@ def test_buckets_answer_what_a_sort_answers(monkeypatch, most_in_doubt):
     assert lowest <= left <= highest
 
 
-def test_leading_shapes_and_strides():
-    before, after = random_rows(60, 40)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leading_shapes_and_strides(dtype):
+    before, after = random_rows(60, 40, dtype)
     expected = ks_2samp(before, after)
     for shape in ((60,), (3, 20), (2, 3, 10), (60, 1)):
         result = ks_2samp(before.reshape(*shape, 40), after.reshape(*shape, 40))
@@ -325,6 +326,22 @@ def test_unchanged_rows_count_nothing_whatever_their_ties(dtype):
     assert not row_counts(torch.zeros(3, 64, dtype=dtype), -torch.zeros(3, 64, dtype=dtype)).any()
 
 
+@pytest.mark.parametrize("width", [33, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bit_is_a_change(dtype, width):
+    """Wherever it is in a matrix of several blocks, and whatever the size of the value."""
+    before, _ = random_rows(600, width, dtype)
+    limits = torch.finfo(dtype)
+    edges = torch.tensor([limits.max, limits.tiny, limits.smallest_normal / 4, 1.0, 0.0], dtype=dtype)
+    before[:, 1], before[:, 2] = edges[torch.arange(600) % 5], -edges[torch.arange(600) % 5]
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[before.element_size()]
+    for column, bit in ((0, 0), (1, 0), (2, 0), (width - 1, 3)):
+        after = before.clone()
+        after.view(integers)[::7, column] ^= 1 << bit
+        counts = row_counts(before, after, workspace_bytes=10**5)
+        assert counts.tolist() == [int(row % 7 == 0) for row in range(600)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_named(dtype, bad):
@@ -343,6 +360,10 @@ def test_values_that_are_not_finite_are_named(dtype, bad):
             ks_2samp(before, after[:, :49])
         with pytest.raises(ValueError, match="row 1017 of"):
             row_counts(before, after, workspace_bytes=1, first_row=1000)
+        with pytest.raises(ValueError, match=message):
+            ks_2samp(before, after.double())
+        with pytest.raises(ValueError, match=message):  # rows in an order of their own
+            ks_2samp(*(rows.reshape(5, 6, 50).transpose(0, 1).clone().transpose(0, 1) for rows in (before, after)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
