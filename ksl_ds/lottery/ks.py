@@ -204,13 +204,15 @@ def _counts_on_cpu(before_VD: Tensor, after_VD: Tensor, rows: slice, chunk: int,
     shape = (2, min(chunk, len(numbers_R)), before_VD.shape[-1])
     values_SRD = np.empty(shape, np.float64 if torch.float64 in dtypes else np.float32)
     scratch_SRD = np.empty(shape, np.int64)
+    # Rows of 16-bit floats are full of ties, for which the sort has to walk through the row.
+    sort = values_SRD.dtype == np.float64 or (torch.float32 in dtypes and _sorting_is_faster())
     for start in range(0, len(numbers_R), chunk):
         taken_R = numbers_R[start : start + chunk]
         chunk_SRD = values_SRD[:, : len(taken_R)]
         for values_RD, array_VD, dtype in zip(chunk_SRD, arrays_VD, dtypes, strict=True):
             values_RD[:] = _floats(_take(array_VD, taken_R), dtype)
         _check_finite(torch.from_numpy(np.isfinite(chunk_SRD).all(axis=2)), first_row + taken_R)
-        counts_R[taken_R - rows.start] = _changed_counts(chunk_SRD, scratch_SRD[:, : len(taken_R)])
+        counts_R[taken_R - rows.start] = _changed_counts(chunk_SRD, scratch_SRD[:, : len(taken_R)], sort)
     return torch.from_numpy(counts_R)
 
 
@@ -257,8 +259,8 @@ def _words(array_RD: NDArray[Any]) -> NDArray[Any]:
     return array_RD.view(f"i{array_RD.itemsize}" if row_bytes % 8 else np.int64)
 
 
-def _changed_counts(values_SRD: NDArray[Any], scratch_SRD: NDArray[np.int64]) -> NDArray[Any]:
-    if values_SRD.dtype == np.float64 or _sorting_is_faster():
+def _changed_counts(values_SRD: NDArray[Any], scratch_SRD: NDArray[np.int64], sort: bool) -> NDArray[Any]:
+    if sort:
         return _sorted_counts(values_SRD)
     counts_R, left_R = bucket_counts(values_SRD, scratch_SRD)
     if left_R.any():

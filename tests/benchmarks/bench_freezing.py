@@ -25,6 +25,7 @@ import torch
 from peft import TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
 
 from ksl_ds import train_only_rows
 from ksl_ds.sharding import cluster
@@ -214,10 +215,14 @@ def run(way: type[Freeze], stage: int, steps: int, decay: float, steps_before: i
 def run_peft(stage: int, steps: int) -> dict[str, Any]:
     model = build(stage, bf16=False)
     before_VD = gathered(model.get_input_embeddings().weight)
+    # How transformers, and so PEFT, learns of ZeRO-3 (a Trainer does this); forgotten with the last reference.
+    known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}}) if stage == 3 else None
     try:
         adapted = get_peft_model(model, TrainableTokensConfig(token_indices=TICKET, target_modules=["embed_tokens"]))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        del known
     engine = engine_for(adapted, stage, 0.1, bf16=False)
     train(engine, steps, None, seed=1)
     dismantle(engine)
