@@ -4,8 +4,8 @@
 integer k of each row and skips rows that did not change. Both work in blocks where the tensors lie and never copy them
 as a whole; every decision is made on integers, so it is the same on every device and in any partition into blocks.
 
-CPUs count into buckets (buckets.py), in chunks that a core's cache holds, with `torch.get_num_threads()` threads; GPUs sort
-(kernel.py), in blocks as large as the work space allows.
+CPUs sort (kernel.py) or count into buckets (buckets.py), whichever is faster there, in chunks that a core's cache holds, with
+`torch.get_num_threads()` threads; GPUs sort, in blocks as large as the work space allows.
 
 Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M sizes of samples that differ in size.
 """
@@ -13,8 +13,10 @@ Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ksl_ds.lottery.buckets import bucket_counts
-from ksl_ds.lottery.kernel import INTEGERS, block_counts, infinity, ordered, scaled_counts
+from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
 from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
 
 __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalue_table", "row_counts"]
@@ -32,7 +34,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
 WORKSPACE_PER_COORDINATE = 256  # bytes at most, of all intermediate results together
 CPU_CHUNK = 1 << 16  # coordinates of a sample at once on a CPU
-SCAN = 16  # chunks compared at once
+SCAN = 2  # chunks compared at once; more of them, and the second pass over a block finds it out of the cache
 CHUNKS_A_THREAD = 256  # before the threads wait for each other and progress is told
 
 
@@ -140,8 +142,8 @@ def row_counts(
     Parameters
     ----------
     before_VD, after_VD : tensors (V, D)
-        More leading axes count as one of their product. Memory-mapped tensors are read once, block by block. The
-        dtypes may differ: values are compared exactly.
+        More leading axes count as one of their product. Memory-mapped tensors are read block by block, and only the
+        changed rows of a block a second time. The dtypes may differ: values are compared exactly.
     workspace_bytes : int
         Work space beside the two inputs and the result; at least one row is worked on at a time.
     progress : callable
@@ -152,7 +154,8 @@ def row_counts(
     Raises
     ------
     TypeError, ValueError
-        As `ks_2samp`; NaN or infinity is found when its block is read.
+        As `ks_2samp`, before any work, but for NaN and infinity: they are found in the block that holds them, since a pass
+        ahead would read both matrices twice. No count is returned then.
     """
     _check(before_VD, after_VD)
     num_rows, width = math.prod(before_VD.shape[:-1]), before_VD.shape[-1]
@@ -187,79 +190,108 @@ def row_counts(
 
 def _counts_on_cpu(before_VD: Tensor, after_VD: Tensor, rows: slice, chunk: int, first_row: int) -> Tensor:
     """k of some rows; int32. Works in numpy, whose operations leave other threads free to run."""
-    common = torch.promote_types(before_VD.dtype, after_VD.dtype)
-    infinite = infinity(common)
-    shape = (2, min(chunk, rows.stop - rows.start), before_VD.shape[-1])
-    values_SRD = np.empty(shape, np.float64 if common == torch.float64 else np.float32)
-    scratch_SRD = np.empty(shape, np.int64)
-    counts_R = np.zeros(rows.stop - rows.start, np.int32)
-    filled, numbers_R = 0, np.empty(shape[1], np.int64)  # of changed rows, counted as soon as there is a chunk of them
-
-    def count_changed() -> None:
-        counts_R[numbers_R[:filled]] = _changed_counts(values_SRD[:, :filled], scratch_SRD[:, :filled])
-
+    dtypes = (before_VD.dtype, after_VD.dtype)
+    arrays_VD = [_array(values) for values in (before_VD, after_VD)]
+    changed: list[NDArray[np.int64]] = []
     for start in range(rows.start, rows.stop, SCAN * chunk):
-        stop = min(start + SCAN * chunk, rows.stop)
-        before_RD, after_RD = (
-            _bits(_rows(values, start, stop).to(common).contiguous()) for values in (before_VD, after_VD)
-        )
-        changed_R = np.flatnonzero((_words(before_RD) != _words(after_RD)).any(axis=1))
-        finite_R = _are_finite(before_RD, infinite)
-        finite_after_R = _are_finite(after_RD[changed_R], infinite) if len(changed_R) else finite_R
-        if not (finite_R.all() and finite_after_R.all()):
-            _check_finite(
-                torch.stack([torch.isfinite(_rows(v, start, stop)).all(1) for v in (before_VD, after_VD)]),
-                first_row + start,
-            )
-        while len(changed_R):
-            taken_R, changed_R = np.split(changed_R, [shape[1] - filled])
-            to = slice(filled, filled + len(taken_R))
-            values_SRD[0, to], values_SRD[1, to] = (_floats(bits[taken_R], common) for bits in (before_RD, after_RD))
-            numbers_R[to] = start - rows.start + taken_R
-            filled = to.stop
-            if filled == shape[1]:
-                count_changed()
-                filled = 0
-    if filled:
-        count_changed()
+        block = slice(start, min(start + SCAN * chunk, rows.stop))
+        before_RD, after_RD = (_take(array_VD, block) for array_VD in arrays_VD)
+        changed.append(start + np.flatnonzero(_changed_or_infinite(before_RD, after_RD, dtypes)))
+    numbers_R = np.concatenate(changed)
+
+    # Read again, chunk after chunk: counted during the scan, each chunk would find its work space out of the cache.
+    counts_R = np.zeros(rows.stop - rows.start, np.int32)
+    shape = (2, min(chunk, len(numbers_R)), before_VD.shape[-1])
+    values_SRD = np.empty(shape, np.float64 if torch.float64 in dtypes else np.float32)
+    scratch_SRD = np.empty(shape, np.int64)
+    # Rows of 16-bit floats are full of ties, for which the sort has to walk through the row.
+    sort = values_SRD.dtype == np.float64 or (torch.float32 in dtypes and _sorting_is_faster())
+    for start in range(0, len(numbers_R), chunk):
+        taken_R = numbers_R[start : start + chunk]
+        chunk_SRD = values_SRD[:, : len(taken_R)]
+        for values_RD, array_VD, dtype in zip(chunk_SRD, arrays_VD, dtypes, strict=True):
+            values_RD[:] = _floats(_take(array_VD, taken_R), dtype)
+        _check_finite(torch.from_numpy(np.isfinite(chunk_SRD).all(axis=2)), first_row + taken_R)
+        counts_R[taken_R - rows.start] = _changed_counts(chunk_SRD, scratch_SRD[:, : len(taken_R)], sort)
     return torch.from_numpy(counts_R)
 
 
-def _bits(values: Tensor) -> NDArray[Any]:
-    """Signed integers; numpy does not know bfloat16."""
-    return values.view(INTEGERS[values.element_size()]).numpy()
+def _array(values: Tensor) -> NDArray[Any]:
+    """The tensor's own memory; 16-bit floats as integers, since numpy does not know bfloat16."""
+    values = values.detach()
+    return (values.view(torch.int16) if values.element_size() == 2 else values).numpy()
 
 
-def _words(bits_RD: NDArray[Any]) -> NDArray[Any]:
-    """The same rows in fewer, longer integers where they fill them: only equality counts."""
-    return bits_RD if bits_RD.shape[1] * bits_RD.itemsize % 8 else bits_RD.view(np.int64)
+def _take(array_VD: NDArray[Any], rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+    """Rows (R, D) of an array of any leading shape."""
+    if array_VD.ndim == 2:
+        return array_VD[rows]
+    return array_VD[np.unravel_index(np.r_[rows], array_VD.shape[:-1])]
 
 
-def _floats(bits: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+def _floats(array: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
     if dtype == torch.bfloat16:  # the upper half of a float32
-        return (bits.astype(np.int32) << 16).view(np.float32)
-    return bits.view(np.dtype(f"f{bits.itemsize}"))
+        return (array.astype(np.int32) << 16).view(np.float32)
+    return array.view(np.float16) if dtype == torch.float16 else array
 
 
-def _are_finite(bits_RD: NDArray[Any], infinite: int) -> NDArray[np.bool_]:
-    """Which rows are: negative numbers are the largest as unsigned integers, and the least as signed ones."""
-    # The highest bit of the exponent is set from 2.0 upwards only: one pass clears a matrix of small numbers.
-    if not np.bitwise_or.reduce(bits_RD.ravel()) >> (8 * bits_RD.itemsize - 2) & 1:
-        return np.ones(len(bits_RD), bool)
-    unsigned_RD = bits_RD.view(f"u{bits_RD.itemsize}")
-    minus_infinite = infinite + (1 << (8 * bits_RD.itemsize - 1))
-    return (bits_RD.max(axis=1) < infinite) & (unsigned_RD.max(axis=1) < minus_infinite)
+def _changed_or_infinite(
+    before_RD: NDArray[Any], after_RD: NDArray[Any], dtypes: tuple[torch.dtype, torch.dtype]
+) -> NDArray[np.bool_]:
+    """Which rows differ, or hold NaN or infinity."""
+    if before_RD.dtype == np.int16 and dtypes[0] == dtypes[1]:  # numpy's arithmetic with 16-bit floats is slow
+        before_RD, after_RD = np.ascontiguousarray(before_RD), np.ascontiguousarray(after_RD)
+        found_R = (_words(before_RD) != _words(after_RD)).any(axis=1)
+        # The highest bit of the exponent is set from 2.0 upwards only: one pass clears a block of small numbers.
+        if np.bitwise_or.reduce(before_RD.ravel()) >> 14 & 1:
+            found_R |= (before_RD & 0x7FFF).max(axis=1) >= infinity(dtypes[0])
+        return found_R
+    # One pass for both, at about the speed of reading: x - x is 0.0 for finite x, else NaN. A difference of floats is 0.0 for
+    # equal ones only, unless torch.set_flush_denormal makes those below 1e-38 one.
+    with np.errstate(all="ignore"):
+        difference_RD = np.subtract(_floats(before_RD, dtypes[0]), _floats(after_RD, dtypes[1]), order="C")
+    return np.bitwise_or.reduce(_words(difference_RD), axis=1) != 0
 
 
-def _changed_counts(values_SRD: NDArray[Any], scratch_SRD: NDArray[np.int64]) -> NDArray[Any]:
-    if values_SRD.dtype == np.float32:
-        counts_R, left_R = bucket_counts(values_SRD, scratch_SRD)
-    else:
-        counts_R, left_R = np.zeros(values_SRD.shape[1], np.int64), np.ones(values_SRD.shape[1], bool)
+def _words(array_RD: NDArray[Any]) -> NDArray[Any]:
+    """The rows' bits as integers, of 64 bits where they fill them."""
+    row_bytes = array_RD.shape[1] * array_RD.itemsize
+    return array_RD.view(f"i{array_RD.itemsize}" if row_bytes % 8 else np.int64)
+
+
+def _changed_counts(values_SRD: NDArray[Any], scratch_SRD: NDArray[np.int64], sort: bool) -> NDArray[Any]:
+    if sort:
+        return _sorted_counts(values_SRD)
+    counts_R, left_R = bucket_counts(values_SRD, scratch_SRD)
     if left_R.any():
-        before_RD, after_RD = torch.from_numpy(values_SRD[:, left_R])
-        counts_R[left_R] = block_counts(ordered(before_RD), ordered(after_RD)).numpy()
+        counts_R[left_R] = _sorted_counts(values_SRD[:, left_R])
     return counts_R
+
+
+def _sorted_counts(values_SRD: NDArray[Any]) -> NDArray[Any]:
+    before_RD, after_RD = torch.from_numpy(values_SRD)
+    return block_counts(ordered(before_RD), ordered(after_RD)).numpy()
+
+
+@cache
+def _sorting_is_faster() -> bool:
+    """Whether numpy here sorts rows in less time than it counts them into buckets; tried once, on random ones.
+
+    The counts are the same either way. With Intel's AVX-512 sorting takes 0.7 of the time; on AMD's
+    Zen 4 np.sort alone takes 1.2 to 1.5 times as long as counting.
+    """
+    values_SRD = np.random.default_rng(0).normal(scale=0.02, size=(2, 4, 4096)).astype(np.float32)
+    scratch_SRD = np.empty(values_SRD.shape, np.int64)
+
+    def fastest(count: Callable[[], object]) -> float:
+        times = []
+        for _ in range(20):
+            start = time.thread_time()
+            count()
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    return fastest(lambda: _sorted_counts(values_SRD)) < fastest(lambda: bucket_counts(values_SRD, scratch_SRD))
 
 
 def _counts_on_gpu(before_VD: Tensor, after_VD: Tensor, rows: slice, first_row: int) -> Tensor:
@@ -280,16 +312,16 @@ def _images(before_VN: Tensor, after_VM: Tensor, start: int, stop: int, first_ro
     before_RN, after_RM = (ordered(_rows(values, start, stop).to(common)) for values in (before_VN, after_VM))
     bound = infinity(common)
     finite_SR = torch.stack([(image.amin(1) > -bound) & (image.amax(1) < bound) for image in (before_RN, after_RM)])
-    _check_finite(finite_SR, first_row + start)
+    _check_finite(finite_SR, range(first_row + start, first_row + stop))
     return before_RN, after_RM
 
 
-def _check_finite(finite_SR: Tensor, first_row: int) -> None:
+def _check_finite(finite_SR: Tensor, numbers_R: Sequence[int] | NDArray[np.int64]) -> None:
     finite_R = finite_SR.all(dim=0)
     if not bool(finite_R.all()):
         row = int((~finite_R).nonzero()[0])
         name = "after" if bool(finite_SR[0, row]) else "before"
-        raise ValueError(f"row {first_row + row} of {name} holds NaN or infinity; the KS test needs finite values")
+        raise ValueError(f"row {numbers_R[row]} of {name} holds NaN or infinity; the KS test needs finite values")
 
 
 def _matrix(values: Tensor) -> Tensor:

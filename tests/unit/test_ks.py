@@ -11,12 +11,12 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from ksl_ds import critical_count, ks_2samp
-from ksl_ds.lottery import buckets, kernel
+from ksl_ds.lottery import buckets, kernel, ks
 from ksl_ds.lottery.ks import _counts_on_gpu, row_counts
 from ksl_ds.lottery.pvalues import pvalue_table
 
@@ -61,6 +61,13 @@ def random_rows(num_rows, width, dtype=torch.float32, seed=0, shift=0.1):
 # ---- counts
 
 
+@pytest.fixture(params=[True, False], ids=["sorted", "buckets"])
+def both_ways(request, monkeypatch):
+    """Runs a test with either of the two ways to count that processors differ in."""
+    monkeypatch.setattr(ks, "_sorting_is_faster", lambda: request.param)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("width", [1, 2, 3, 31, 64, 576, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_counts_are_those_of_the_definition(dtype, width):
@@ -106,7 +113,8 @@ def two_samples(draw, same_size):
     return matrix(size_before), matrix(size_after)
 
 
-@settings(deadline=None, max_examples=300)
+@pytest.mark.usefixtures("both_ways")
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(two_samples(same_size=True))
 def test_counts_of_any_values_and_dtypes(samples):
     before, after = samples
@@ -149,6 +157,7 @@ def test_sorting_with_numpy_and_with_torch_agree(rows):
 @pytest.mark.parametrize("most_in_doubt", [0.0, 0.01, 1.0])
 def test_buckets_answer_what_a_sort_answers(monkeypatch, most_in_doubt):
     monkeypatch.setattr(buckets, "MOST_IN_DOUBT", most_in_doubt)
+    monkeypatch.setattr(ks, "_sorting_is_faster", lambda: False)
     left = 0
     for shift in (0.0001, 0.01, 1.0):
         before, after = random_rows(200, 576, shift=shift)
@@ -163,8 +172,9 @@ def test_buckets_answer_what_a_sort_answers(monkeypatch, most_in_doubt):
     assert lowest <= left <= highest
 
 
-def test_leading_shapes_and_strides():
-    before, after = random_rows(60, 40)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leading_shapes_and_strides(dtype):
+    before, after = random_rows(60, 40, dtype)
     expected = ks_2samp(before, after)
     for shape in ((60,), (3, 20), (2, 3, 10), (60, 1)):
         result = ks_2samp(before.reshape(*shape, 40), after.reshape(*shape, 40))
@@ -280,7 +290,8 @@ def test_critical_counts_are_strict_and_monotone():
 # ---- invariances, which need no reference
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.usefixtures("both_ways")
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.sampled_from([7, 64, 576, 1500]), st.sampled_from([1e-3, 0.05, 2.0]))
 def test_invariances(seed, width, shift):
     before, after = random_rows(24, width, seed=seed, shift=shift)
@@ -325,6 +336,22 @@ def test_unchanged_rows_count_nothing_whatever_their_ties(dtype):
     assert not row_counts(torch.zeros(3, 64, dtype=dtype), -torch.zeros(3, 64, dtype=dtype)).any()
 
 
+@pytest.mark.parametrize("width", [33, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bit_is_a_change(dtype, width):
+    """Wherever it is in a matrix of several blocks, and whatever the size of the value."""
+    before, _ = random_rows(600, width, dtype)
+    limits = torch.finfo(dtype)
+    edges = torch.tensor([limits.max, limits.tiny, limits.smallest_normal / 4, 1.0, 0.0], dtype=dtype)
+    before[:, 1], before[:, 2] = edges[torch.arange(600) % 5], -edges[torch.arange(600) % 5]
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[before.element_size()]
+    for column, bit in ((0, 0), (1, 0), (2, 0), (width - 1, 3)):
+        after = before.clone()
+        after.view(integers)[::7, column] ^= 1 << bit
+        counts = row_counts(before, after, workspace_bytes=10**5)
+        assert counts.tolist() == [int(row % 7 == 0) for row in range(600)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_named(dtype, bad):
@@ -343,6 +370,10 @@ def test_values_that_are_not_finite_are_named(dtype, bad):
             ks_2samp(before, after[:, :49])
         with pytest.raises(ValueError, match="row 1017 of"):
             row_counts(before, after, workspace_bytes=1, first_row=1000)
+        with pytest.raises(ValueError, match=message):
+            ks_2samp(before, after.double())
+        with pytest.raises(ValueError, match=message):  # rows in an order of their own
+            ks_2samp(*(rows.reshape(5, 6, 50).transpose(0, 1).clone().transpose(0, 1) for rows in (before, after)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
