@@ -318,13 +318,13 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
             if not path.is_file():
                 raise UserError(f"recipe {file}: no such file")
             where = f"{file}: "
-            merged = OmegaConf.merge(merged, _lists_from_scalars(schema, _read_yaml(path)))
+            merged = OmegaConf.merge(merged, _as_meant(schema, _read_yaml(path)))
             where = ""
         for word in overrides:
             name, equals, _ = word.partition("=")
             if not equals or not re.fullmatch(r"[\w.]+", name):
                 raise UserError(f"{word!r} is not of the form key=value (a recipe comes first, then key=value words)")
-            merged = OmegaConf.merge(merged, _lists_from_scalars(schema, OmegaConf.from_dotlist([word])))
+            merged = OmegaConf.merge(merged, _as_meant(schema, OmegaConf.from_dotlist([word])))
         missing = sorted(OmegaConf.missing_keys(merged))
     except OmegaConfBaseException as error:
         raise UserError(where + _explain(error, schema)) from None
@@ -346,17 +346,21 @@ def _read_yaml(path: Path) -> Any:
     return content
 
 
-def _lists_from_scalars(schema: type, content: Any) -> Any:
-    """`train: a.jsonl` means `train: [a.jsonl]`. A section that is given a value instead of keys is a mistake."""
+def _as_meant(schema: type, content: Any) -> Any:
+    """`train: a.jsonl` means `train: [a.jsonl]`, and YAML reads a bare `off` as false.
+
+    A section that is given a value instead of keys is a mistake.
+    """
     for name, (default, _) in dotted_keys(schema).items():
         section = name.rpartition(".")[0]
         given = OmegaConf.select(content, section) if section else None
         if given is not None and not OmegaConf.is_dict(given):
             raise UserError(f"{section} is {given!r}, but it is a section with keys of its own, such as {name}")
-        if isinstance(default, list):
-            value = OmegaConf.select(content, name)
-            if value is not None and not OmegaConf.is_list(value):
-                OmegaConf.update(content, name, [value])
+        value = OmegaConf.select(content, name)
+        if isinstance(default, list) and value is not None and not OmegaConf.is_list(value):
+            OmegaConf.update(content, name, [value])
+        if name == "tracking.wandb" and value is False:
+            OmegaConf.update(content, name, "off")
     return content
 
 

@@ -27,6 +27,15 @@ def test_the_command_line_comes_last(tmp_path):
     assert recipe.text.train == ["a.jsonl"] and recipe.text.test == ["b.jsonl"]
 
 
+def test_a_bare_off_is_the_word(tmp_path):
+    """YAML 1.1 reads `off` as false."""
+    (tmp_path / "r.yaml").write_text("run_dir: r\nmodel: {path: m}\ntracking: {wandb: off}\n")
+    assert load_recipe(Recipe, str(tmp_path / "r.yaml"), []).tracking.wandb == "off"
+    assert load_recipe(Recipe, None, [*LEAST, "tracking.wandb=off"]).tracking.wandb == "off"
+    with pytest.raises(UserError, match="seed"):
+        load_recipe(Recipe, None, [*LEAST, "seed=off"])
+
+
 @pytest.mark.parametrize(
     "words, parts",
     [
