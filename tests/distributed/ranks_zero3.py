@@ -33,7 +33,7 @@ with open_run(recipe) as run:
     def tune(after_step, at_end):
         shard.write(base_RD)
         return train(
-            run, [embedding], stage="embed_tuning", tuning=recipe.embed_tuning, at_end=at_end, after_step=after_step
+            run, [embedding], stage="embed_tuning", tuning=recipe.embed_tuning, at_end=at_end, monitor=after_step
         )
 
     plain, moments = tune(count, states)
