@@ -26,14 +26,16 @@ SETTINGS = {
     "lora": ["lora.learning_rate=0.01", "lora.max_steps=6"],
     "prefix": ["prefix.learning_rate=0.05", "prefix.max_steps=6", "prefix.num_virtual_tokens=4"],
 }
+models_in_memory = {}
 for method, words in SETTINGS.items():
     # All pairs are the test text, in one batch a step, so that the losses of the steps can be compared.
     everything = ["text.max_test_pairs=null", "training.batch_size=12"]
     tune.run(load_recipe(Recipe, "recipe.yaml", [f"method={method}", f"run_dir={method}", *words, *everything]))
+    gc.collect()
+    models_in_memory[method] = sum(type(thing).__name__ == "LlamaForCausalLM" for thing in gc.get_objects())
 
-# Each of these trained; no model stays behind, or a comparison of thirty would fill any memory.
-gc.collect()
-assert not [kind for kind in map(type, gc.get_objects()) if kind.__name__ == "LlamaForCausalLM"]
+# No model stays behind, or a comparison of thirty would fill any memory.
+assert not any(models_in_memory.values()), models_in_memory
 
 # A published ticket, on a model with LLaMA-1's vocabulary as far as these ids go.
 if cluster.is_main():
