@@ -139,8 +139,10 @@ def dismantle(engine: Any) -> None:
         parameter.grad = None
         # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
         parameter.__dict__.pop("_z3_optimizer", None)
-    # Every model that ZeRO-3 has hooked stays on a list of DeepSpeed's own, and in memory for as long as the process lives.
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    # ZeRO-3 lists the modules that it is in and never takes the model off, nor layers that ran without gradients: all of the
+    # model would stay in memory for as long as the process lives.
+    own = set(engine.module.modules())
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in own]
     engine.destroy()
     engine.optimizer = None
     engine.module = None

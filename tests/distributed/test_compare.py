@@ -21,7 +21,7 @@ text: {train: pairs.jsonl, test: pairs.jsonl}
 training: {batch_size: 12, micro_batch_size: 6, precision: fp32}
 embed_tuning: {learning_rate: 0.1, max_steps: 3}
 partial_tuning: {learning_rate: 0.1, max_steps: 3}
-lora: {learning_rate: 0.01, max_steps: 1}
+lora: {learning_rate: 0.01, max_steps: 3}
 draw: {alpha: 0.5}
 compare:
   methods: [untuned, embed, transfer, ticket, frequency, newline, lora]
