@@ -133,16 +133,10 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Mo
 
 def dismantle(engine: Any) -> None:
     """Frees an engine's hooks, gradients and optimizer states; the model's own weights stay."""
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
     for parameter in engine.module.parameters():
         parameter.grad = None
         # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
         parameter.__dict__.pop("_z3_optimizer", None)
-    # ZeRO-3 lists the modules that it is in and never takes the model off, nor layers that ran without gradients: all of the
-    # model would stay in memory for as long as the process lives.
-    own = set(engine.module.modules())
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in own]
     engine.destroy()
     engine.optimizer = None
     engine.module = None

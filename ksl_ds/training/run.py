@@ -20,7 +20,7 @@ from torch import nn
 
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import ModelFolder
-from ksl_ds.model.load import load_model, open_folder
+from ksl_ds.model.load import free_weights, load_model, open_folder
 from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
@@ -123,7 +123,10 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
     with _folder_taken(run_dir, recipe), Tracker(run_dir, recipe) as tracker:
         run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
         run.save_results()
-        yield run
+        try:
+            yield run
+        finally:
+            free_weights(run.model)  # a command may open one run after the other
 
 
 def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
