@@ -7,9 +7,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from datetime import timedelta
 
 from ksl_ds import __version__
-from ksl_ds.errors import UserError
+from ksl_ds.errors import LostRanks, UserError
 
 # command: (what it does, how it is called)
 COMMANDS = {
@@ -21,6 +22,11 @@ COMMANDS = {
     "draw": ("the KS test of two checkpoints of one model", "before=DIR after=DIR out=DIR [key=value ...]"),
     "transfer": ("write a model with a ticket's rows", "base=DIR ticket=DIR out=DIR"),
     "evaluate": ("translate held-out text and score it", "RECIPE.yaml [key=value ...]"),
+    "estimate": (
+        "memory, traffic and time of a run before paying for it",
+        "MODEL gpus=N gpu_memory=GIB [key=value ...]",
+    ),
+    "check": ("is everything that a run needs in place on every host", "RECIPE.yaml [key=value ...]"),
     "inspect": ("look at a ticket, or at what two tickets share", "TICKET [OTHER]"),
 }
 SCHEMA = {
@@ -29,11 +35,13 @@ SCHEMA = {
     "evaluate": "Recipe",
     "draw": "DrawCommand",
     "transfer": "TransferCommand",
+    "estimate": "EstimateCommand",
+    "check": "Recipe",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 when it worked, 2 after a user's mistake."""
+    """Runs a command; 0 when it worked, 2 after a user's mistake. A rank that has lost the others leaves with 3."""
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -51,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         _command(command, rest)()
     except UserError as error:
         return _fail(str(error))
+    except LostRanks as error:
+        # Not by sys.exit: what is left of the collectives would keep the interpreter waiting for the lost ranks.
+        print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
+        os._exit(3)
     return 0
 
 
@@ -59,6 +71,8 @@ def _command(command: str, words: list[str]) -> Callable[[], None]:
         return lambda: importlib.import_module("ksl_ds.commands.inspect").run(words)
     from ksl_ds import recipe as recipes
 
+    if command == "estimate" and words and "=" not in words[0]:
+        words = [f"model={words[0]}", *words[1:]]
     file = words[0] if words and "=" not in words[0] else None
     recipe = recipes.load_recipe(getattr(recipes, SCHEMA[command]), file, words[1:] if file else words)
     return lambda: _on_ranks(command, recipe)
@@ -70,10 +84,12 @@ def _on_ranks(command: str, recipe: object) -> None:
     from ksl_ds.sharding import cluster
     from ksl_ds.sharding.engine import quiet_libraries
 
-    cluster.start()
-    quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
-    importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
-    cluster.stop()
+    timeout = timedelta(minutes=getattr(recipe, "timeout_minutes", 30.0))
+    with cluster.lost_ranks_named(timeout):
+        cluster.start(timeout)
+        quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
+        importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
+        cluster.stop()
 
 
 def _fail(message: str) -> int:

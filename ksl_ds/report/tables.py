@@ -126,6 +126,17 @@ def memory(value: Any) -> str:
     return f"{value / 2**30:.2f} GiB" if value else DASH
 
 
+@_or_dash
+def size(value: Any) -> str:
+    """512 B, 3.1 KiB, 17.5 GiB, 1,200 GiB: bytes of any magnitude; a dash for none"""
+    if value == 0:
+        return DASH
+    for power, unit in enumerate(("B", "KiB", "MiB")):
+        if value < 1000 * 1024**power:
+            return f"{value / 1024**power:.{0 if power == 0 or value >= 10 * 1024**power else 1}f} {unit}"
+    return f"{value / 2**30:,.{0 if value >= 2**30 * 1000 else 1}f} GiB"
+
+
 def decimals(digits: int) -> Callable[[Any], str]:
     """A number with so many digits after the point."""
     return _or_dash(lambda value: f"{value:.{digits}f}")
