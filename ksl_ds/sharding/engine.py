@@ -143,6 +143,11 @@ def dismantle(engine: Any) -> None:
         parameter.grad = None
         # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
         parameter.__dict__.pop("_z3_optimizer", None)
+    for module in engine.module.modules():
+        # DeepSpeed keeps the first engine's backward hooks for all that follow, with the dead engine's record of what is
+        # gathered: under checkpointing the next training with frozen weights would lose them in the recomputation.
+        for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+            module.__dict__.pop(name, None)
     engine.destroy()
     engine.optimizer = None
     engine.module = None

@@ -136,9 +136,8 @@ for number, (name, (section, precision, checkpointing, methods)) in enumerate(CA
     )  # fmt: skip
     plan = plan_of(recipe, RESPONSE, ROWS)
     training = plan.training()
-    for method in methods:  # a model of its own for each
-        recipe.run_dir = f"run{number}-{method}"
-        with open_run(recipe) as run:
+    with open_run(recipe) as run:
+        for method in methods:
             needs = rank_needs(
                 plan.method(method, checkpointing=checkpointing), training, plan.zero, cluster.world_size()
             )

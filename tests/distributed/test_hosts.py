@@ -22,7 +22,7 @@ run_dir: run
 deepspeed: ds.json
 model: {path: model}
 text: {train: pairs.jsonl, test: pairs.jsonl, max_test_pairs: 4}
-training: {batch_size: 8, micro_batch_size: 2, precision: fp32}
+training: {batch_size: 8, micro_batch_size: 2, precision: fp32, gradient_checkpointing: true}
 embed_tuning: {learning_rate: 0.1, max_steps: 4}
 draw: {alpha: 0.5}
 partial_tuning: {learning_rate: 0.1, max_steps: 2}
