@@ -72,8 +72,10 @@ class Checklist:
             self.add("ok", what, everywhere[0][0])
         return [found for _, found, _ in everywhere]
 
-    def same(self, what: str, values: list[Any], explain: str) -> None:
-        """A failed line when the hosts disagree."""
+    def same(self, what: str, values: list[Any] | None, explain: str) -> None:
+        """A failed line when the hosts disagree; nothing after a check that failed already."""
+        if values is None:
+            return
         odd = dict.fromkeys(
             host for host, value in zip(self.hosts, values, strict=True) if value != values[0] and host != self.hosts[0]
         )
@@ -87,7 +89,7 @@ def run(recipe: Recipe) -> None:
     ranks_and_hosts(checks, recipe)
     environment = hardware_and_versions()
     versions = checks.on_all("versions", lambda: (_versions_line(environment), environment["versions"]))
-    checks.same("versions", versions or [], "other versions")
+    checks.same("versions", versions, "other versions")
     checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", deepspeed_config(recipe)))
     device_check(checks, recipe)
     folder = model_check(checks, recipe)
@@ -147,7 +149,7 @@ def device_check(checks: Checklist, recipe: Recipe) -> None:
             raise UserError(f"{name} has no bf16; use training.precision=fp16 and deepspeed=zero3_fp16.json")
         return f"{name}, {size(_device_memory())}, {precision}", name
 
-    checks.same("device", checks.on_all("device", check) or [], "another device")
+    checks.same("device", checks.on_all("device", check), "another device")
 
 
 def model_check(checks: Checklist, recipe: Recipe) -> ModelFolder | None:

@@ -6,18 +6,20 @@ cut into N parts that are rounded up:
     weights      stage 3: b P / N, and b for each element of a parameter small enough to stay whole on every rank too
                  (stage3_param_persistence_threshold); stages 0 to 2: b P
     gradients    b T / N in stages 2 and 3, b T below: what is kept between micro-batches
-    optimizer    12 T / N: fp32 master, exp_avg, exp_avg_sq (8 T / N in fp32 under stage 3, where weights are the masters;
-                 all T in stage 0). Frozen parameters have neither gradients nor optimizer states
-    step         4 T / N more while the optimizer steps 16-bit gradients in fp32, of at most sub_group_size elements at once
+    optimizer    12 T / N: fp32 master, exp_avg, exp_avg_sq (12 T in stage 0). Frozen parameters have neither gradients nor
+                 optimizer states
+    step         while the optimizer steps: fp32 gradients and the new 16-bit weights, 6 T / N (4 T / N in fp32) of at most
+                 sub_group_size elements at once, or the largest part in fp64 for the gradient's norm
     buffers      b reduce_bucket_size, made when training starts (contiguous_gradients)
     gathered     stage 3: weights that are whole for the moment: the larger of the largest parameter and what stays for the
-                 backward pass (half of stage3_max_reuse_distance: the way there and back), and the prefetch bucket of
-                 stage3_max_live_parameters at most; b P at most
+                 backward pass (half of stage3_max_reuse_distance: the way there and back), and the prefetch bucket, b P at
+                 most; and the bucket once more, since weights are copied out of the buffer that they arrive in
     working      activations, logits and passing gradients, measured by a dry run (ksl_ds/model/dry_run.py)
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
-    wire, step   a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass, less what
-                 stayed whole, and b T (N-1)/N of gradients; an optimizer step, what stays whole (stage 3). Stages 1 and 2:
-                 b T (N-1)/N of gradients and as much of new weights
+    wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,
+                 less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small parameters that are
+                 whole everywhere. Below: 2 b T (N-1)/N of gradients, all-reduced, and half as much of new weights in
+                 stages 1 and 2
     wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
 
 The optimizer's step and the forward and backward passes are not at the same time, so the peak is the states, the buffers,
@@ -36,7 +38,6 @@ SIZES = {  # of `Zero`, and DeepSpeed's names for them
     "reduce_bucket_size": "reduce_bucket_size",
     "prefetch_bucket_size": "stage3_prefetch_bucket_size",
     "persistence_threshold": "stage3_param_persistence_threshold",
-    "max_live_parameters": "stage3_max_live_parameters",
     "max_reuse_distance": "stage3_max_reuse_distance",
     "sub_group_size": "sub_group_size",
 }
@@ -52,7 +53,6 @@ class Zero:
     reduce_bucket_size: int = 500_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000
-    max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     contiguous_gradients: bool = True
@@ -123,26 +123,24 @@ def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Ne
     total, kept_whole = sum(everything), sum(persistent)
     weights = b * (_share(everything, ranks) + kept_whole if sharded else total)
     gradients = b * (trained_share if zero.stage >= 2 else sum(method.trained))
-    masters_are_weights = b == 4 and sharded and not zero.offload_optimizer
-    optimizer = (8 if masters_are_weights else 12) * trained_share
-    step = 4 * min(trained_share, zero.sub_group_size)
+    optimizer = 12 * trained_share
+    stepped = (6 if b == 2 else 4) * min(trained_share, zero.sub_group_size)
+    step = max(stepped, 8 * -(-max(method.trained) // ranks))
     buffers = b * zero.reduce_bucket_size if zero.contiguous_gradients and zero.stage >= 2 else 0
     passing, stays = total - kept_whole, 0
     gathered = 0
     if sharded:
         stays = min(passing, zero.max_reuse_distance // 2)
         largest = max(everything)
-        gathered = b * min(passing, max(stays, largest) + min(zero.prefetch_bucket_size, zero.max_live_parameters))
+        bucket = min(passing, zero.prefetch_bucket_size)
+        gathered = b * (min(passing, max(stays, largest) + bucket) + bucket)
     snapshot = 4 * -(-training.vocab_size // ranks) * training.width if method.snapshots else 0
     moved = (ranks - 1) / ranks
     trained = sum(method.trained)
-    wire_step = training.micro_batches * b * trained * moved
     if sharded:
-        wire_step += training.micro_batches * b * (2 * passing - stays) * moved + b * kept_whole * moved
-    elif zero.stage >= 1:
-        wire_step += b * trained * moved
+        wire_step = training.micro_batches * b * (2 * passing - stays + trained) + b * kept_whole
     else:
-        wire_step *= 2
+        wire_step = b * trained * (2 * training.micro_batches + (1 if zero.stage else 0))
     wire_draw = 8 * training.vocab_size * moved + (4 * training.width if ranks > 1 and sharded else 0)
 
     on_host = set()
@@ -160,7 +158,7 @@ def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Ne
         gathered=gathered,
         working=method.working,
         snapshot=snapshot,
-        wire_step=round(wire_step),
+        wire_step=round(wire_step * moved),
         wire_draw=round(wire_draw),
         device=device,
         host=snapshot + sum(sizes[name] for name in on_host),

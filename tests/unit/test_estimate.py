@@ -112,7 +112,7 @@ def test_needs_by_hand():
     method = Method("embed", trained=[70], frozen=[10, 200], working=1000, snapshots=True)
     needs = rank_needs(method, training, zero, 4)
     assert needs.weights == 2 * (18 + 3 + 50 + 10)
-    assert needs.gradients == 2 * 18 and needs.optimizer == 12 * 18 and needs.step == 4 * 18
+    assert needs.gradients == 2 * 18 and needs.optimizer == 12 * 18 and needs.step == 8 * 18
     assert needs.buffers == 200 and needs.gathered == 2 * 200 and needs.snapshot == 4 * 2 * 10
     assert needs.device == needs.weights + needs.gradients + needs.optimizer + 200 + 400 + 1000
     # Weights but the norm twice, gradients once, the norm after the optimizer's step; the draw's integers and one row.
