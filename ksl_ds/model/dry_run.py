@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ksl_ds.errors import UserError
-from ksl_ds.model.folder import local_folder
+from ksl_ds.model.folder import config_problem, local_folder
 
 SHAPES_FILE = Path(__file__).parent.parent / "data" / "model_shapes.json"
 ATTENTION = "ksl_ds_dry_run"
@@ -99,9 +99,7 @@ def model_config(name: str, revision: str | None = None, *, trust_remote_code: b
     except UserError:
         raise
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(
-            f"model {name}: no config that transformers knows: {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise UserError(f"model {name}: {config_problem(error)}") from None
 
 
 def _load(folder: Path, trust_remote_code: bool) -> Any:

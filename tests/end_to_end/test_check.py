@@ -126,10 +126,16 @@ def test_the_papers_recipe_runs_on_a_tiny_model(job):
         "model.path=model", "text.train=pairs.jsonl", "text.test=pairs.jsonl", "text.max_test_pairs=4", "run_dir=paper",
         "num_ranks=1", "training.precision=fp32", "training.batch_size=8", "evaluation.tokenize=13a", "draw.alpha=.5",
         "embed_tuning.max_steps=4", "embed_tuning.learning_rate=.1", "draw.every=2", "partial_tuning.max_steps=2",
-        "partial_tuning.learning_rate=.1", "evaluation.max_new_tokens=4", "tracking.wandb=off",
+        "partial_tuning.learning_rate=.1", "evaluation.max_new_tokens=4", "tracking.wandb=offline", "verbose=true",
     ]  # fmt: skip
     recipe = REPOSITORY / "launch" / "recipes" / "paper_llama_7b.yaml"
-    succeeds(launch(1, "--module", "ksl_ds", "lottery", recipe, *words, cwd=job))
+    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_ThisIsASecretToo"}
+    done = succeeds(launch(1, "--module", "ksl_ds", "lottery", recipe, *words, cwd=job, **secrets))
     results = json.loads((job / "paper" / "results.json").read_text())
     assert set(results["stages"]) == {"untuned", "embed_tuning", "partial_transfer", "partial_tuning"}
     assert results["draw"]["method"] == "asymp" and results["draw"]["rows"] > 0
+    # Tokens that the environment holds are nowhere: not on the screen at its most talkative, not in any file of the run.
+    files = [path for path in (job / "paper").rglob("*") if path.is_file()]
+    assert any("wandb" in str(path) for path in files)
+    contents = [path.read_bytes() for path in files] + [(done.stdout + done.stderr).encode()]
+    assert [name for name, secret in secrets.items() if any(secret.encode() in content for content in contents)] == []
