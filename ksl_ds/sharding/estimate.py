@@ -11,9 +11,10 @@ cut into N parts that are rounded up:
     step         while the optimizer steps: fp32 gradients and the new 16-bit weights, 6 T / N (4 T / N in fp32) of at most
                  sub_group_size elements at once, or the largest part in fp64 for the gradient's norm
     buffers      b reduce_bucket_size, made when training starts (contiguous_gradients)
-    gathered     stage 3: weights that are whole for the moment: the larger of the largest parameter and what stays for the
-                 backward pass (half of stage3_max_reuse_distance: the way there and back), and the prefetch bucket, b P at
-                 most; and the bucket once more, since weights are copied out of the buffer that they arrive in
+    gathered     stage 3: weights that are whole for the moment: the largest of the largest parameter, what stays for the
+                 backward pass (half of stage3_max_reuse_distance: the way there and back) and, as every module asks for
+                 another prefetch bucket, stage3_max_live_parameters; and a bucket more, b P at most; and the bucket once
+                 more, since weights are copied out of the buffer that they arrive in
     working      activations, logits and passing gradients, measured by a dry run (ksl_ds/model/dry_run.py)
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
     wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,
@@ -38,6 +39,7 @@ SIZES = {  # of `Zero`, and DeepSpeed's names for them
     "reduce_bucket_size": "reduce_bucket_size",
     "prefetch_bucket_size": "stage3_prefetch_bucket_size",
     "persistence_threshold": "stage3_param_persistence_threshold",
+    "max_live_parameters": "stage3_max_live_parameters",
     "max_reuse_distance": "stage3_max_reuse_distance",
     "sub_group_size": "sub_group_size",
 }
@@ -53,6 +55,7 @@ class Zero:
     reduce_bucket_size: int = 500_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     contiguous_gradients: bool = True
@@ -133,7 +136,8 @@ def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Ne
         stays = min(passing, zero.max_reuse_distance // 2)
         largest = max(everything)
         bucket = min(passing, zero.prefetch_bucket_size)
-        gathered = b * (min(passing, max(stays, largest) + bucket) + bucket)
+        live = max(stays, largest, zero.max_live_parameters if bucket else 0)
+        gathered = b * (min(passing, live + bucket) + bucket)
     snapshot = 4 * -(-training.vocab_size // ranks) * training.width if method.snapshots else 0
     moved = (ranks - 1) / ranks
     trained = sum(method.trained)

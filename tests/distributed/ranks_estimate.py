@@ -26,8 +26,12 @@ NOTHING_STAYS = {
     "stage3_param_persistence_threshold": 0,
 }
 # Two of the model's layers, of 147,456 elements each: what full tuning under checkpointing needs. Norms stay whole.
-SOME_STAYS = {"stage3_max_reuse_distance": 300_000, "stage3_prefetch_bucket_size": 20_000,
-              "stage3_param_persistence_threshold": 200}  # fmt: skip
+SOME_STAYS = {
+    "stage3_max_live_parameters": 300_000,
+    "stage3_max_reuse_distance": 300_000,
+    "stage3_prefetch_bucket_size": 20_000,
+    "stage3_param_persistence_threshold": 200,
+}
 # Name: DeepSpeed's settings, precision, checkpointing, the methods measured one after the other.
 CASES = {
     "nothing stays": (NOTHING_STAYS, "bf16", False, ("full", "embed")),
