@@ -75,12 +75,22 @@ class Plan:
             model.get_input_embeddings().weight.requires_grad_(True)
         if name == "ticket, hooks":
             model.get_input_embeddings().weight.register_hook(torch.zeros_like)
+        again = frozen_in_layers(model) if checkpointing and self.zero.stage == 3 else 0
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
         if name == "ticket, rows":
             with rows_replaced(model, self.ticket_rows) as rows_KD:
-                return Method(name, [rows_KD.numel()], frozen, passes())
-        return Method(name, trained, frozen, passes(), snapshots=name == "embed")
+                return Method(name, [rows_KD.numel()], frozen, passes(), gathered_again=again)
+        return Method(name, trained, frozen, passes(), snapshots=name == "embed", gathered_again=again)
+
+
+def frozen_in_layers(model: Any) -> int:
+    """Elements of the frozen matrices of all layers that checkpointing recomputes, without the last of each layer."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    matrices = [[p.numel() for p in layer.parameters() if p.dim() > 1 and not p.requires_grad] for layer in layers]
+    return sum(sum(numels[:-1]) for numels in matrices)
 
 
 def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int | None = None) -> Plan:
@@ -150,8 +160,9 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
                 size(needs.host),
             ]
         )  # fmt: skip
-        seconds = [] if command.network is None else [duration(needs.wire_step * 8 / (command.network * 1e9))]
-        traffic_rows.append([name, size(needs.wire_step), *seconds])
+        steps = (needs.wire_step, saving.wire_step)
+        seconds = [] if command.network is None else [duration(step * 8 / (command.network * 1e9)) for step in steps]
+        traffic_rows.append([name, *map(size, steps), *seconds])
     draw = rank_needs(found["embed", True], training, zero, command.gpus)
     rows = -(-training.vocab_size // command.gpus)
     draw_seconds = rows * seconds_of_a_row(training.width)
@@ -179,8 +190,12 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     )  # fmt: skip
     traffic_table = Table(
         "What a rank receives",
-        [Column("", numeric=False), Column("a step")]
-        + ([] if command.network is None else [Column(f"seconds at {command.network:g} Gbit/s")]),
+        [Column("", numeric=False), Column("a step, plain"), Column("a step, checkpointed")]
+        + [
+            Column(f"at {command.network:g} Gbit/s, {how}")
+            for how in ("plain", "checkpointed")
+            if command.network is not None
+        ],
         traffic_rows,
         [
             "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) as much.",

@@ -19,8 +19,9 @@ cut into N parts that are rounded up:
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
     wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,
                  less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small parameters that are
-                 whole everywhere. Below: 2 b T (N-1)/N of gradients, all-reduced, and half as much of new weights in
-                 stages 1 and 2
+                 whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen weights after the
+                 backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b T (N-1)/N of
+                 gradients, all-reduced, and half as much of new weights in stages 1 and 2
     wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
 
 The optimizer's step and the forward and backward passes are not at the same time, so the peak is the states, the buffers,
@@ -85,6 +86,7 @@ class Method:
     frozen: Sequence[int]
     working: int  # bytes of one micro-batch
     snapshots: bool = False  # whether the embedding before tuning is kept
+    gathered_again: int = 0  # elements of frozen weights that checkpointing gathers a third time, see `wire, step`
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Ne
     moved = (ranks - 1) / ranks
     trained = sum(method.trained)
     if sharded:
-        wire_step = training.micro_batches * b * (2 * passing - stays + trained) + b * kept_whole
+        wire_step = (
+            training.micro_batches * b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
+        )
     else:
         wire_step = b * trained * (2 * training.micro_batches + (1 if zero.stage else 0))
     wire_draw = 8 * training.vocab_size * moved + (4 * training.width if ranks > 1 and sharded else 0)
