@@ -138,14 +138,14 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     """Memory of a rank, and traffic, for every method on `command.gpus` GPUs."""
     training, zero = plan.training(), plan.zero
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
-    memory_rows, traffic_rows, total = [], [], 0
+    memory_rows, traffic_rows = [], []
     with cluster.progress([(name, at) for name in METHODS for at in (False, True)], "dry runs") as cases:
         found = {case: plan.method(case[0], checkpointing=case[1]) for case in cases}
+    total = sum(found["full", False].trained)
     for name in METHODS:
         plain, checkpointed = (found[name, checkpointing] for checkpointing in (False, True))
         needs = rank_needs(plain, training, zero, command.gpus)
         saving = rank_needs(checkpointed, training, zero, command.gpus)
-        total = max(total, sum(plain.trained) + sum(plain.frozen))
         memory_rows.append(
             [
                 name,
@@ -171,9 +171,16 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     memory_table = Table(
         f"{plan.name}: memory of each of {of}" + ("" if memory is None else f" of {command.gpu_memory:g} GiB"),
         [
-            Column("", numeric=False), Column("trained parameters"), *(Column(kind) for kind in KINDS),
-            Column("activations, plain"), Column("check- pointed"), Column("peak, plain"),
-            Column("peak, checkpointed"), Column("fits on, plain"), Column("fits on, checkpointed"), Column("host"),
+            Column("", numeric=False),
+            Column("trained parameters", optional=True),
+            *(Column(kind, optional=True) for kind in KINDS),
+            Column("activations, plain", optional=True),
+            Column("activations, checkpointed", optional=True),
+            Column("peak, plain"),
+            Column("peak, checkpointed"),
+            Column("fits on, plain"),
+            Column("fits on, checkpointed"),
+            Column("host", optional=True),
         ],
         memory_rows,
         [

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ksl_ds.errors import UserError
-from ksl_ds.model.folder import config_problem, local_folder
+from ksl_ds.model.folder import config_problem
 
 SHAPES_FILE = Path(__file__).parent.parent / "data" / "model_shapes.json"
 ATTENTION = "ksl_ds_dry_run"
@@ -81,31 +81,16 @@ def model_config(name: str, revision: str | None = None, *, trust_remote_code: b
     from transformers import AutoConfig
 
     shapes = json.loads(SHAPES_FILE.read_text())
+    path = Path(name)
     try:
         if name in shapes:
             return AutoConfig.for_model(**shapes[name])
-        path = Path(name)
-        if path.is_file():
-            content = json.loads(path.read_text())
-            return (
-                AutoConfig.for_model(**content) if "auto_map" not in content else _load(path.parent, trust_remote_code)
-            )
-        folder = local_folder(name, revision)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model {name}: no folder with a config.json, no Hub id, and no built-in shape ({', '.join(shapes)})"
-            )
-        return _load(folder, trust_remote_code)
-    except UserError:
-        raise
+        # A config.json stands for its folder; of a Hub model the config alone is fetched, not the weights.
+        where = path.parent if path.is_file() else path if path.is_dir() else name
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"model {name}: {config_problem(error)}") from None
-
-
-def _load(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        known = "" if path.exists() else f"; built-in shapes are {', '.join(shapes)}"
+        raise UserError(f"model {name}: {config_problem(error)}{known}") from None
 
 
 def meta_model(config: Any, dtype: torch.dtype, *, untied: bool, trust_remote_code: bool = False) -> Any:

@@ -15,7 +15,7 @@ from ksl_ds.commands.estimate import METHODS, plan_of
 from ksl_ds.errors import UserError
 from ksl_ds.model import dry_run
 from ksl_ds.model.dry_run import SHAPES_FILE, LiveBytes, meta_model, model_config, step_bytes
-from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.recipe import EstimateCommand, Recipe, load_recipe
 from ksl_ds.sharding.estimate import Method, Training, Zero, fewest_ranks, first_true, rank_needs
 
 # Of the published checkpoints, tied heads counted once.
@@ -167,11 +167,23 @@ def test_the_command_as_typed(tmp_path):
     make_model_folder(tmp_path / "model", tied=True)
     words = ["estimate", "model", "gpus=4", "gpu_memory=2", "length=64", "network=100", "rows=3"]
     shown = succeeds(run("ksl-ds", *words, cwd=tmp_path)).stdout
-    for word in (*METHODS, "each of 4 GPUs of 2 GiB", "ticket of 3 rows", "100", "A draw:", "fits"):
+    for word in (*METHODS, "each of 4 GPUs of 2 GiB", "ticket of 3 rows", "Gbit/s", "A draw:", "checkpointed"):
         assert word in shown
-    recipe = REPOSITORY / "launch" / "recipes" / "quickstart.yaml"
-    (tmp_path / "recipe.yaml").write_text(recipe.read_text().replace("models/smollm2-135m-instruct", "model"))
-    shown = succeeds(run("ksl-ds", "estimate", "recipe.yaml", "gpus=2", "length=32", cwd=tmp_path)).stdout
-    assert "fp32" in shown and "8 pairs of 32 tokens" in shown  # the recipe's
-    refused = run("ksl-ds", "estimate", "model", "gpus=0", cwd=tmp_path)
-    assert refused.returncode == 2 and "gpus is 0" in refused.stderr
+
+
+def test_a_recipe_says_what_the_command_line_does_not(tmp_path, capsys):
+    make_model_folder(tmp_path / "model", tied=True)
+    recipe = (REPOSITORY / "launch" / "recipes" / "quickstart.yaml").read_text()
+    recipe = recipe.replace("models/smollm2-135m-instruct", str(tmp_path / "model"))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    estimate.run(load_recipe(EstimateCommand, None, [f"model={tmp_path / 'recipe.yaml'}", "gpus=2", "length=32"]))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "zero3.json, fp32" in shown and "8 pairs of 32 tokens" in shown
+    parameters = sum(p.numel() for p in plan(str(tmp_path / "model")).meta_model().parameters())
+    assert f"{parameters:,} parameters" in shown  # with the head that embedding_scope=input gives it
+
+
+@pytest.mark.parametrize("word", ["gpus=0", "gpu_memory=-1", "length=0", "response_length=2000"])
+def test_values_without_meaning_are_one_sentence(word):
+    with pytest.raises(UserError, match=word.partition("=")[0]):
+        estimate.run(load_recipe(EstimateCommand, None, ["model=smollm2-135m", word]))
