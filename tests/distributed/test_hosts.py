@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -125,23 +126,43 @@ def test_two_hosts_draw_the_ticket_of_one(hosts, job, ticket_of_one_host, slots)
     assert [hosts.processes(name) for name in hosts.names] == [[], []]
 
 
-def test_fault_a_host_is_cut_off_in_training(hosts, job):
-    """Both sides end by themselves after the timeout, say so in one line a rank, and leave no process."""
-    words = ["lottery", "recipe.yaml", "run_dir=cut", "timeout_minutes=.5", "embed_tuning.max_steps=1000000"]
+def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> list[subprocess.Popen]:
+    """A lottery without end, after its first step."""
+    words = ("lottery", "recipe.yaml", f"run_dir={name}", "embed_tuning.max_steps=1000000", *words)
     launchers = hosts.start(job, 1, *words)
-    metrics = job / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
+    metrics = job / name / "metrics.jsonl"
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and "embed_tuning" in metrics.read_text()):
         assert time.monotonic() < deadline and launchers[0].poll() is None, said(job)
         time.sleep(0.2)
-    hosts.cut()
+    return launchers
+
+
+def assert_ended(hosts: Hosts, job: Path, name: str, launchers: list[subprocess.Popen], telling: list[int]) -> None:
+    """No launcher succeeds, the ranks in `telling` say why in one line, no process stays, what was logged is whole."""
     for launcher in launchers:
         assert launcher.wait(timeout=200) != 0, said(job)
-    for number in (0, 1):
-        messages = [line for line in (job / f"err{number}").read_text().splitlines() if "ksl-ds:" in line]
-        assert len(messages) == 1, said(job)
+    for number in telling:
+        text = (job / f"err{number}").read_text()
+        messages = [line for line in text.splitlines() if "ksl-ds:" in line]
+        assert len(messages) == 1 and "Traceback" not in text, said(job)
         assert f"rank {number} " in messages[0] and "lost the other ranks" in messages[0]
         assert "timeout_minutes" in messages[0]
-        assert "Traceback" not in (job / f"err{number}").read_text()
     assert [hosts.processes(name) for name in hosts.names] == [[], []]
-    assert all("loss" in json.loads(line) or "stage" in json.loads(line) for line in metrics.read_text().splitlines())
+    assert all("stage" in json.loads(line) for line in (job / name / "metrics.jsonl").read_text().splitlines())
+
+
+def test_fault_a_host_is_cut_off_in_training(hosts, job):
+    """Nobody is told, so both sides wait for the timeout; then they end by themselves."""
+    launchers = training_on_two_hosts(hosts, job, "cut", "timeout_minutes=.5")
+    hosts.cut()
+    assert_ended(hosts, job, "cut", launchers, telling=[0, 1])
+
+
+def test_fault_a_rank_is_killed_in_training(hosts, job):
+    """The other host notices at once: the system closes the connections of the dead rank."""
+    launchers = training_on_two_hosts(hosts, job, "killed")
+    for number in hosts.processes(hosts.names[1]):
+        if b"--local_rank" in Path(f"/proc/{number}/cmdline").read_bytes():
+            os.kill(number, signal.SIGKILL)
+    assert_ended(hosts, job, "killed", launchers, telling=[0])
