@@ -9,10 +9,11 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from ksl_ds import __version__
-from ksl_ds.errors import Interrupted, UserError
+from ksl_ds.errors import Interrupted, LostRanks, UserError
 
 # command: (what it does, how it is called)
 COMMANDS = {
@@ -32,6 +33,11 @@ COMMANDS = {
         "how far a ticket's model agrees with the embed-tuned one: certificate and measurement",
         "RECIPE.yaml reference=DIR [ticket=DIR] [key=value ...]",
     ),
+    "estimate": (
+        "memory, traffic and time of a run before paying for it",
+        "MODEL gpus=N gpu_memory=GIB [key=value ...]",
+    ),
+    "check": ("is everything that a run needs in place on every host", "RECIPE.yaml [key=value ...]"),
     "inspect": ("look at a ticket, or at what two tickets share", "TICKET [OTHER]"),
 }
 SCHEMA = {
@@ -42,11 +48,17 @@ SCHEMA = {
     "certify": "Recipe",
     "draw": "DrawCommand",
     "transfer": "TransferCommand",
+    "estimate": "EstimateCommand",
+    "check": "Recipe",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 when it worked, 2 after a user's mistake, 143 when SIGTERM or SIGUSR1 ended it in order."""
+    """Runs a command.
+
+    0 when it worked, 2 after a user's mistake, 143 when SIGTERM or SIGUSR1 ended it in order; a rank that has lost the
+    others leaves with 3.
+    """
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -67,6 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as error:
         _fail(str(error))
         return 128 + signal.SIGTERM
+    except LostRanks as error:
+        # Not by sys.exit: what is left of the collectives would keep the interpreter waiting for the lost ranks.
+        print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
+        os._exit(3)
     return 0
 
 
@@ -81,6 +97,8 @@ def _command(command: str, words: list[str]) -> Callable[[], None]:
         return lambda: importlib.import_module("ksl_ds.commands.comparison").show_file(Path(files[0]))
     from ksl_ds import recipe as recipes
 
+    if command == "estimate" and words and "=" not in words[0]:
+        words = [f"model={words[0]}", *words[1:]]
     file = words[0] if words and "=" not in words[0] else None
     recipe = recipes.load_recipe(getattr(recipes, SCHEMA[command]), file, words[1:] if file else words)
     return lambda: _on_ranks(command, recipe)
@@ -92,10 +110,12 @@ def _on_ranks(command: str, recipe: object) -> None:
     from ksl_ds.sharding import cluster
     from ksl_ds.sharding.engine import quiet_libraries
 
-    cluster.start()
-    quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
-    importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
-    cluster.stop()
+    timeout = timedelta(minutes=getattr(recipe, "timeout_minutes", 30.0))
+    with cluster.lost_ranks_named(timeout):
+        cluster.start(timeout)
+        quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
+        importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
+        cluster.stop()
 
 
 def _fail(message: str) -> int:

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """The run was asked to end, has saved what it needs to go on, and ends. The message says how to go on."""
+
+
+class LostRanks(RuntimeError):
+    """Other ranks of the job do not answer. Each rank that notices says so for itself: there is no talking any more."""

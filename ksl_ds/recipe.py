@@ -217,6 +217,7 @@ class Recipe:
     verbose: bool = key(False, "show what DeepSpeed, transformers and wandb log")
     deepspeed: str = key("zero3.json", "DeepSpeed JSON: a path, or a name in ds_configs/")
     num_ranks: Optional[int] = key(None, "ranks this run expects; another number is an error (empty: any)")
+    timeout_minutes: float = key(30.0, "the job ends when a rank has waited so long for the others")
     model: Model = key(Model, "the model")
     text: Text = key(Text, "the parallel text")
     training: Training = key(Training, "what all methods share")
@@ -260,6 +261,24 @@ class TransferCommand:
     ticket: str = key(MISSING, "ticket folder")
     out: str = key(MISSING, "model folder to create")
     force: bool = key(False, "apply the ticket although the base model's fingerprint differs")
+    verbose: bool = key(False, "show what libraries log")
+
+
+@dataclass
+class EstimateCommand:
+    """`ksl-ds estimate MODEL gpus=N gpu_memory=GIB`."""
+
+    model: str = key(MISSING, "a built-in shape (llama-3-70b), config.json, model folder, Hub id, or a recipe")
+    gpus: int = key(1, "ranks, one a GPU")
+    gpu_memory: Optional[float] = key(None, "GiB of one GPU; empty: only sizes are shown, not what fits")
+    network: Optional[float] = key(None, "Gbit/s that a rank receives; shows the seconds of a step's traffic")
+    rows: Optional[int] = key(None, "rows of the ticket; empty: the recipe's draw.top_k")
+    length: Optional[int] = key(None, "tokens of every pair; empty: the recipe's text.max_length")
+    response_length: Optional[int] = key(None, "of these, tokens of the response; empty: half")
+    micro_batch_size: Optional[int] = key(None, "pairs that a rank runs at once; empty: the recipe's")
+    precision: Optional[Literal["bf16", "fp16", "fp32"]] = key(None, "of weights and gradients; empty: the recipe's")
+    deepspeed: Optional[str] = key(None, "DeepSpeed JSON; empty: the recipe's")
+    embedding_scope: Optional[Literal["input", "shared"]] = key(None, "of tied models; empty: the recipe's")
     verbose: bool = key(False, "show what libraries log")
 
 
@@ -402,6 +421,7 @@ def check_recipe(recipe: Recipe) -> None:
         "num_ranks": recipe.num_ranks,
         "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "timeout_minutes": recipe.timeout_minutes,
     }
     for name, tuning in tunings.items():
         positive |= {f"{name}.learning_rate": tuning.learning_rate, f"{name}.epochs": tuning.epochs}

@@ -8,5 +8,5 @@ ruff check .
 ruff format --check .
 mypy ksl_ds/lottery ksl_ds/sharding
 codespell
-shellcheck launch/*.sh .ci/run
+shellcheck launch/*.sh launch/*.sbatch .ci/run
 python -m pytest -q "$@"

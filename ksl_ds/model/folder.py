@@ -56,6 +56,13 @@ def local_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
         raise UserError(f"{path_or_hub_id} is no folder here and the Hub does not give it: {reason}") from None
 
 
+def config_problem(error: Exception) -> str:
+    """What transformers has against a config, in a line; code that it did not run is named with the key that allows it."""
+    if "custom code" in str(error):
+        return "the model needs Python code that it ships; read that code, then set model.trust_remote_code=true in a recipe"
+    return str(error).strip().splitlines()[0]
+
+
 class ModelFolder(Shards):
     """A folder with config.json and safetensors. Tensor names are the file's unless a method says otherwise.
 
@@ -81,7 +88,7 @@ class ModelFolder(Shards):
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{self.path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"{self.path / 'config.json'}: {config_problem(error)}") from None
 
     @cached_property
     def meta_model(self) -> Any:

@@ -27,6 +27,8 @@ def open_folder(recipe: Model) -> ModelFolder:
     with cluster.together():
         if cluster.is_first_on_host():
             local_folder(recipe.path, recipe.revision)
+    if recipe.trust_remote_code:
+        cluster.say(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
     with cluster.together():
         return ModelFolder(local_folder(recipe.path, recipe.revision), trust_remote_code=recipe.trust_remote_code)
 

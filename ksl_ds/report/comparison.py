@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ksl_ds.report.html import learned_to_stop
-from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, file_size, stage_name
+from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size, stage_name
 
 LEVEL = 0.05
 FEWEST_SENTENCES = 30  # of a test text that resampling can say something about
@@ -79,7 +79,7 @@ def _cells(stage: Mapping[str, Any]) -> list[str]:
         with_spread = key in WITH_SPREAD and spread is not None
         cells.append(show(stage.get(key)) + (f" ±{decimals(WITH_SPREAD[key])(spread)}" if with_spread else ""))
         if key == "trained_parameters":
-            cells.append(file_size(stage.get("tuned_file_bytes")))
+            cells.append(size(stage.get("tuned_file_bytes")))
     return cells
 
 

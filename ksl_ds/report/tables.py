@@ -127,15 +127,14 @@ def memory(value: Any) -> str:
 
 
 @_or_dash
-def file_size(value: Any) -> str:
-    """168 kB, 2.3 MB, in powers of ten as file managers show it; a dash where nothing was tuned"""
-    if not value:
+def size(value: Any) -> str:
+    """512 B, 3.1 KiB, 17.5 GiB, 1,200 GiB: bytes of any magnitude; a dash for none"""
+    if value == 0:
         return DASH
-    for unit in ("B", "kB", "MB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} GB"
+    for power, unit in enumerate(("B", "KiB", "MiB")):
+        if value < 1000 * 1024**power:
+            return f"{value / 1024**power:.{0 if power == 0 or value >= 10 * 1024**power else 1}f} {unit}"
+    return f"{value / 2**30:,.{0 if value >= 2**30 * 1000 else 1}f} GiB"
 
 
 def decimals(digits: int) -> Callable[[Any], str]:

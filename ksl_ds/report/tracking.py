@@ -155,10 +155,8 @@ class Tracker:
 
 def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
     """A wandb run, or None where tracking is off or wandb fails; says in one line which it is. Rank 0 only."""
-    asked: str = recipe.tracking.wandb
-    if asked != "off":
-        asked = {"dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", ""), mode) or asked
-    if asked in ("off", "disabled"):
+    asked = tracking_mode(recipe)
+    if asked == "off":
         return None
     for variable, folder in {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data"}.items():
         os.environ.setdefault(variable, str((run_dir / "wandb" / folder).absolute()))
@@ -184,6 +182,22 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
     else:
         cluster.say(f"wandb: {run.url}")
     return run
+
+
+def tracking_mode(recipe: Recipe) -> str:
+    """auto, online, offline or off: the recipe's, unless WANDB_MODE says otherwise."""
+    asked: str = recipe.tracking.wandb
+    if asked != "off":
+        asked = {"dryrun": "offline", "disabled": "off"}.get(mode := os.environ.get("WANDB_MODE", ""), mode) or asked
+    return asked
+
+
+def why_offline() -> str:
+    """Why wandb would not go online; empty when it would. Asks its server, for a limited time."""
+    try:
+        return within(START_SECONDS, lambda: _why_offline(probe=True))
+    except Exception as error:  # no disk, a broken installation
+        return brief(error)
 
 
 def _init_wandb(run_dir: Path, recipe: Recipe, mode: Literal["online", "offline"]) -> Any:

@@ -7,6 +7,7 @@ other rooms can call it anywhere. All collectives of ksl_ds that carry Python ob
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ksl_ds.errors import UserError
+from ksl_ds.errors import LostRanks, UserError
 
 Item = TypeVar("Item")
 
@@ -39,6 +40,29 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+
+
+# What gloo, NCCL and the rendezvous say when a rank, its host or the network is gone.
+LOST = re.compile(
+    r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|remote peer|nccl|network is unreachable|no route",
+    re.I,
+)
+
+
+@contextmanager
+def lost_ranks_named(timeout: timedelta) -> Iterator[None]:
+    """Makes one sentence of the many errors that collectives raise when ranks are lost. Raises LostRanks."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's own kinds are RuntimeErrors
+        reason = " ".join(str(error).split())
+        if not LOST.search(reason):
+            raise
+        number, host = os.environ.get("RANK", "0"), socket.gethostname()
+        raise LostRanks(
+            f"rank {number} on {host} lost the other ranks ({reason[:160]}); a rank or a host has died, or the network "
+            f"between them. It waited {timeout.total_seconds() / 60:g} minutes at most (timeout_minutes)"
+        ) from error
 
 
 def stop() -> None:

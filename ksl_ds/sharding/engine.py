@@ -36,6 +36,18 @@ OWNED_SECTIONS = {
 UNTESTED_ZERO_KEYS = ("zero_hpz_partition_size", "mics_shard_size", "zenflow", "zero_quantized_weights")
 
 
+def read_config(name: str) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON, given as a path or a name in ds_configs/. Raises UserError."""
+    path = shipped_file(name, "ds_configs")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"deepspeed: no file {name}, here or in ds_configs/") from None
+    except ValueError as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    return config
+
+
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a recipe on the ranks there are.
 
@@ -44,13 +56,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     UserError
         When the JSON is missing or broken, contradicts the recipe, or asks for a feature that rows were not tested with.
     """
-    path = shipped_file(recipe.deepspeed, "ds_configs")
-    try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"deepspeed: no file {recipe.deepspeed}, here or in ds_configs/") from None
-    except ValueError as error:
-        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    path, config = shipped_file(recipe.deepspeed, "ds_configs"), read_config(recipe.deepspeed)
     for section, owner in OWNED_SECTIONS.items():
         if section in config:
             raise UserError(f"{path} has a section {section!r}, which the recipe decides ({owner}); take it out")
@@ -137,6 +143,11 @@ def dismantle(engine: Any) -> None:
         parameter.grad = None
         # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
         parameter.__dict__.pop("_z3_optimizer", None)
+    for module in engine.module.modules():
+        # DeepSpeed keeps the first engine's backward hooks for all that follow, with the dead engine's record of what is
+        # gathered: under checkpointing the next training with frozen weights would lose them in the recomputation.
+        for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+            module.__dict__.pop(name, None)
     engine.destroy()
     engine.optimizer = None
     engine.module = None

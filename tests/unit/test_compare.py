@@ -29,7 +29,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.lottery.shift import Shift
 from ksl_ds.recipe import Recipe, load_recipe
 from ksl_ds.report import comparison as report
-from ksl_ds.report.tables import file_size
+from ksl_ds.report.tables import size
 from ksl_ds.text.significance import paired_bootstrap
 
 BASE = ["run_dir=runs/x", "model.path=m", "text.train=t.jsonl", "text.test=t.jsonl"]
@@ -430,9 +430,9 @@ def test_a_test_text_of_few_sentences_gets_no_bootstrap(tmp_path, monkeypatch):
     assert [column.name for column in report.difference_table(results).columns][2:] == []
 
 
-def test_file_sizes():
-    sizes = {None: "–", 0: "–", 288: "288 B", 168_400: "168 kB", 999_600: "1 MB", 538_060_032: "538 MB", 27e9: "27 GB"}
-    assert {size: file_size(size) for size in sizes} == sizes
+def test_sizes_of_files():
+    sizes = {None: "–", 0: "–", 288: "288 B", 168_400: "164 KiB", 538_060_032: "513 MiB", 27e9: "25.1 GiB"}
+    assert {number: size(number) for number in sizes} == sizes
 
 
 def test_made_up_translations_are_what_the_tests_take_them_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +54,27 @@ def test_up_to_1024_ranks(num_rows, row_length, num_ranks):
         held = (Span(span.start * row_length, span.stop * row_length) & parts[rank]).size
         assert held + received[rank] == span.size * row_length
         assert received[rank] < row_length
+
+
+@pytest.mark.parametrize("num_rows", [128_256, 128_257, 262_144])  # of LLaMA-3; an odd one; 2^31 elements
+def test_llama_3_70b_on_512_ranks_row_by_row(num_rows):
+    """Every element of every row comes from one holder, lies in its owner's rows, and rows are whole and in order."""
+    width, num_ranks = 8_192, 512
+    numel = num_rows * width
+    parts = zero3_parts(numel, math.ceil(numel / num_ranks), num_ranks)
+    rows = owned_rows(parts, num_rows, width)
+    pieces = [(span, owner) for (_, owner), span in travelling(parts, rows, width).items()]
+    for rank, span in enumerate(rows):
+        pieces.append((parts[rank] & Span(span.start * width, span.stop * width), rank))
+    pieces.sort()
+    assert [piece.start for piece, _ in pieces] == [0] + [piece.stop for piece, _ in pieces[:-1]]
+    assert pieces[-1][0].stop == numel
+    gathered = dict.fromkeys(range(num_rows), 0)  # elements that have reached each row's owner
+    for piece, owner in pieces:
+        for row in range(piece.start // width, -(-piece.stop // width)):
+            assert rows[owner].start <= row < rows[owner].stop
+            gathered[row] += (piece & Span(row * width, (row + 1) * width)).size
+    assert set(gathered.values()) == {width}
 
 
 @given(st.integers(0, 1000), st.integers(1, 100))

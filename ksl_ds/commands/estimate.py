@@ -1,0 +1,246 @@
+"""What a run needs before it is paid for: memory of a rank by kind, bytes on the wire, seconds of a draw, fewest GPUs.
+
+The model is built on the meta device, so that parameters are counted and not computed, and one training step of each method
+is run there without data (ksl_ds/model/dry_run.py); the rest is arithmetic (ksl_ds/sharding/estimate.py). The one thing
+that is timed, on this machine, is the KS test of a few hundred rows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ksl_ds.errors import UserError
+from ksl_ds.lottery.ticket import measure_shift
+from ksl_ds.model.adapters import with_adapter
+from ksl_ds.model.dry_run import meta_model, model_config, rows_replaced, step_bytes
+from ksl_ds.recipe import EstimateCommand, Recipe, load_recipe
+from ksl_ds.report.tables import Column, Table, count, duration, print_table, size
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import TORCH_DTYPE, read_config
+from ksl_ds.sharding.estimate import Method, Needs, Training, Zero, fewest_ranks, fits, rank_needs
+
+METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora")
+RESERVED = 3 << 29  # 1.5 GiB of a GPU: CUDA's context, NCCL's buffers
+TIMED_ROWS = 256
+
+
+@dataclass
+class Plan:
+    """What is estimated: a model under a DeepSpeed configuration, and what one rank computes at once."""
+
+    name: str
+    config: Any  # transformers'
+    recipe: Recipe
+    zero: Zero
+    response_length: int
+    ticket_rows: int
+
+    def meta_model(self) -> Any:
+        """A fresh model on the meta device, untied as `embedding_scope: input` has it."""
+        untied = self.recipe.model.embedding_scope == "input"
+        trust = self.recipe.model.trust_remote_code
+        return meta_model(
+            self.config, TORCH_DTYPE[self.recipe.training.precision], untied=untied, trust_remote_code=trust
+        )
+
+    def training(self) -> Training:
+        """The numbers of the recipe for the arithmetic."""
+        vocab_size, width = self.meta_model().get_input_embeddings().weight.shape
+        return Training(TORCH_DTYPE[self.recipe.training.precision].itemsize, vocab_size, width, reserved=RESERVED)
+
+    def method(self, name: str, *, checkpointing: bool) -> Method:
+        """What method `name` trains, and the peak of its dry run."""
+        model = self.meta_model()
+        training, linear = self.recipe.training, F.linear
+        if self.zero.stage == 3:
+            from deepspeed.runtime.zero.linear import zero3_linear_wrap as linear
+
+        def passes() -> int:
+            return step_bytes(
+                model, training.micro_batch_size, self.recipe.text.max_length, self.response_length,
+                checkpointing=checkpointing, linear=linear,
+            )  # fmt: skip
+
+        if name == "lora":
+            model = with_adapter(model, self.recipe)
+        elif name != "full":
+            model.requires_grad_(False)
+        if name in ("embed", "ticket, hooks"):
+            model.get_input_embeddings().weight.requires_grad_(True)
+        if name == "ticket, hooks":
+            model.get_input_embeddings().weight.register_hook(torch.zeros_like)
+        again = frozen_in_layers(model) if checkpointing and self.zero.stage == 3 else 0
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+        if name == "ticket, rows":
+            with rows_replaced(model, self.ticket_rows) as rows_KD:
+                return Method(name, [rows_KD.numel()], frozen, passes(), gathered_again=again)
+        return Method(name, trained, frozen, passes(), snapshots=name == "embed", gathered_again=again)
+
+
+def frozen_in_layers(model: Any) -> int:
+    """Elements of the frozen matrices of all layers that checkpointing recomputes, without the last of each layer."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    matrices = [[p.numel() for p in layer.parameters() if p.dim() > 1 and not p.requires_grad] for layer in layers]
+    return sum(sum(numels[:-1]) for numels in matrices)
+
+
+def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int | None = None) -> Plan:
+    """The plan of a recipe, whose `text.max_length` is the length of every pair. Raises UserError."""
+    model = recipe.model
+    config = model_config(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+    length = recipe.text.max_length
+    if response_length is not None and not 0 < response_length < length:
+        raise UserError(f"response_length is {response_length}; it lies between 0 and length ({length}), both excluded")
+    return Plan(
+        model.path, config, recipe, Zero.of(read_config(recipe.deepspeed)), response_length or max(1, length // 2),
+        ticket_rows or recipe.draw.top_k,
+    )  # fmt: skip
+
+
+def run(command: EstimateCommand) -> None:
+    """Prints the tables. Raises UserError for an unknown model and for values that make no sense."""
+    with cluster.together():
+        for name in ("gpus", "gpu_memory", "rows", "micro_batch_size", "length", "network"):
+            value = getattr(command, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}; it must be greater than 0")
+        plan = plan_of(_recipe(command), command.response_length, command.rows)
+        if cluster.is_main():
+            for table in tables(plan, command):
+                print_table(table)
+
+
+def _recipe(command: EstimateCommand) -> Recipe:
+    """A recipe with what the command says: the one given as `model`, or one of defaults."""
+    words = {
+        "deepspeed": command.deepspeed,
+        "training.precision": command.precision,
+        "training.micro_batch_size": command.micro_batch_size,
+        "text.max_length": command.length,
+        "model.embedding_scope": command.embedding_scope,
+    }
+    overrides = [f"{name}={value}" for name, value in words.items() if value is not None]
+    if Path(command.model).suffix in (".yaml", ".yml"):
+        return load_recipe(Recipe, command.model, [*overrides, "method=lora"])
+    return load_recipe(Recipe, None, ["run_dir=unused", f"model.path={command.model}", *overrides, "method=lora"])
+
+
+def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
+    """Memory of a rank, and traffic, for every method on `command.gpus` GPUs."""
+    training, zero = plan.training(), plan.zero
+    memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
+    memory_rows, traffic_rows = [], []
+    with cluster.progress([(name, at) for name in METHODS for at in (False, True)], "dry runs") as cases:
+        found = {case: plan.method(case[0], checkpointing=case[1]) for case in cases}
+    total = sum(found["full", False].trained)
+    for name in METHODS:
+        plain, checkpointed = (found[name, checkpointing] for checkpointing in (False, True))
+        needs = rank_needs(plain, training, zero, command.gpus)
+        saving = rank_needs(checkpointed, training, zero, command.gpus)
+        memory_rows.append(
+            [
+                name,
+                count(sum(plain.trained)),
+                *(size(getattr(needs, kind)) + ("*" if kind in needs.on_host else "") for kind in KINDS),
+                size(needs.working),
+                size(saving.working),
+                size(needs.device),
+                size(saving.device),
+                *(_verdict(each, method, training, zero, memory) for each, method in
+                  ((needs, plain), (saving, checkpointed))),
+                size(needs.host),
+            ]
+        )  # fmt: skip
+        steps = (needs.wire_step, saving.wire_step)
+        seconds = [] if command.network is None else [duration(step * 8 / (command.network * 1e9)) for step in steps]
+        traffic_rows.append([name, *map(size, steps), *seconds])
+    draw = rank_needs(found["embed", True], training, zero, command.gpus)
+    rows = -(-training.vocab_size // command.gpus)
+    draw_seconds = rows * seconds_of_a_row(training.width)
+    of = f"{command.gpus} GPU{'s' if command.gpus > 1 else ''}"
+    step = plan.recipe.training
+    memory_table = Table(
+        f"{plan.name}: memory of each of {of}" + ("" if memory is None else f" of {command.gpu_memory:g} GiB"),
+        [
+            Column("", numeric=False),
+            Column("trained parameters", optional=True),
+            *(Column(kind, optional=True) for kind in KINDS),
+            Column("activations, plain", optional=True),
+            Column("activations, checkpointed", optional=True),
+            Column("peak, plain"),
+            Column("peak, checkpointed"),
+            Column("fits on, plain"),
+            Column("fits on, checkpointed"),
+            Column("host", optional=True),
+        ],
+        memory_rows,
+        [
+            f"{total:,} parameters; {plan.recipe.deepspeed}, {step.precision}; a rank runs {step.micro_batch_size} pairs of "
+            f"{plan.recipe.text.max_length:,} tokens at once, {plan.response_length:,} of them response; ticket of "
+            f"{plan.ticket_rows} rows.",
+            "peak: weights, gradients, optimizer, buffers, and the larger of gathered + activations and the optimizer's "
+            "fp32 gradients. activations: with logits and passing gradients.",
+            f"fits on: the fewest GPUs, with {size(RESERVED)} of each left to CUDA and NCCL. host: memory of the host for a "
+            "rank, in embed tuning for the snapshot.",
+            *(["* in host memory: offloaded."] if draw.on_host else []),
+            *_evaluation_note(plan, total, training),
+        ],
+    )  # fmt: skip
+    traffic_table = Table(
+        "What a rank receives",
+        [Column("", numeric=False), Column("a step, plain"), Column("a step, checkpointed")]
+        + [
+            Column(f"at {command.network:g} Gbit/s, {how}")
+            for how in ("plain", "checkpointed")
+            if command.network is not None
+        ],
+        traffic_rows,
+        [
+            "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) as much.",
+            f"A draw: {size(draw.wire_draw)} received, {rows:,} rows tested in {duration(draw_seconds)} where all have "
+            f"changed, at the pace of this machine's {cluster.device().type.upper()}; snapshot: {size(draw.snapshot)} of "
+            "host memory a rank.",
+        ],
+    )
+    return [memory_table, traffic_table]
+
+
+KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
+
+
+def _verdict(needs: Needs, method: Method, training: Training, zero: Zero, memory: int | None) -> str:
+    if memory is None:
+        return "–"
+    fewest = fewest_ranks(method, training, zero, memory)
+    return "none" if fewest is None else f"{fewest:,}{'' if fits(needs, training, memory) else ' (not here)'}"
+
+
+def _evaluation_note(plan: Plan, total: int, training: Training) -> list[str]:
+    if plan.zero.stage < 3 or not plan.recipe.evaluation.gather_weights:
+        return []
+    return [
+        f"Translating with evaluation.gather_weights=true holds the whole model, {size(total * training.weight_bytes)}, on "
+        "every GPU."
+    ]
+
+
+def seconds_of_a_row(width: int) -> float:
+    """Time of the KS test of one changed row of so many coordinates, measured here."""
+    generator = torch.Generator().manual_seed(0)
+    before_RD = torch.randn(TIMED_ROWS, width, generator=generator).to(cluster.device())
+    after_RD = before_RD + 0.1
+    times = []
+    for _ in range(3):  # the first one starts up the kernel
+        started = time.perf_counter()
+        measure_shift(before_RD, after_RD)
+        times.append(time.perf_counter() - started)
+    return min(times) / TIMED_ROWS

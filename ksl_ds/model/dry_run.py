@@ -1,0 +1,240 @@
+"""What one training step of a model holds beside its states, found by running it without data on the meta device.
+
+Forward and backward run for real, operator by operator, on tensors that have shapes and no memory; every allocation and
+every release is counted. So activations, logits, gradients on their way to the optimizer and recomputation under
+checkpointing are those of the architecture's own code, not of a formula that fits LLaMA only. What it costs: the time of
+transformers' Python code, about a second for 80 layers. What it takes on trust: attention is a fused kernel that keeps
+queries, keys, values, output, log-sum-exp and the padding mask, as torch's kernels for GPUs and CPUs do.
+
+Legend: B pairs, L positions, N response tokens, V vocabulary, D width, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ksl_ds.errors import UserError
+from ksl_ds.model.folder import config_problem
+
+SHAPES_FILE = Path(__file__).parent.parent / "data" / "model_shapes.json"
+ATTENTION = "ksl_ds_dry_run"
+FEW_LAYERS = (3, 4)  # what is run of a model of many equal layers
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside the block and still alive: `now`, and their `peak`.
+
+    Counts storages, so a view costs nothing. What existed before the block is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.phases: list[int] = []
+        self._known: dict[int, Any] = {}  # by id of a live storage's Python object
+
+    def end_phase(self) -> None:
+        """Puts the peak since the last call into `phases` and starts the next one."""
+        self.phases.append(self.peak)
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._see(value, new=False)
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value, new=True)
+        return result
+
+    def _see(self, tensor: Tensor, *, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes() if new else 0
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def forget(_: Any) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+
+
+def model_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a built-in shape, a config.json, a model folder or a Hub id. Raises UserError."""
+    from transformers import AutoConfig
+
+    shapes = json.loads(SHAPES_FILE.read_text())
+    path = Path(name)
+    try:
+        if name in shapes:
+            return AutoConfig.for_model(**shapes[name])
+        # A config.json stands for its folder; of a Hub model the config alone is fetched, not the weights.
+        where = path.parent if path.is_file() else path if path.is_dir() else name
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        known = "" if path.exists() else f"; built-in shapes are {', '.join(shapes)}"
+        raise UserError(f"model {name}: {config_problem(error)}{known}") from None
+
+
+def meta_model(config: Any, dtype: torch.dtype, *, untied: bool, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a config in `dtype`, without memory; `untied` gives a tied head a matrix of its own."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.modeling_utils import set_zero3_state
+
+    AttentionInterface.register(ATTENTION, _attention)
+    if untied:
+        config.tie_word_embeddings = False
+    try:
+        # That state keeps transformers from partitioning this model where a ZeRO-3 configuration is alive.
+        with torch.device("meta"), set_zero3_state():
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError) as error:
+        raise UserError(f"no causal language model: {str(error).strip().splitlines()[0]}") from None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Allocates and keeps what a fused kernel does; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, bias, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _attention(
+    module: nn.Module, query_BHLC: Tensor, key: Tensor, value: Tensor, mask: Any, **ignored: Any
+) -> tuple[Tensor, None]:
+    # As transformers' sdpa does under a padding mask: keys and values are copied for every query head.
+    copies = query_BHLC.shape[1] // key.shape[1]
+    if copies > 1:
+        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+    batch, _, length, _ = query_BHLC.shape
+    bias_B1LL = query_BHLC.new_empty(batch, 1, length, length)
+    output_BHLC = _FusedAttention.apply(query_BHLC, key, value, bias_B1LL)
+    return output_BHLC.transpose(1, 2).contiguous(), None
+
+
+def step_bytes(
+    model: Any,
+    batch_size: int,
+    length: int,
+    response_length: int,
+    *,
+    checkpointing: bool,
+    linear: Callable[..., Tensor] = F.linear,
+) -> int:
+    """Peak bytes of activations, logits and passing gradients of one forward and backward pass of a rank.
+
+    Of a model of many equal layers a few are run: the peak of each phase is a straight line in their number.
+
+    Parameters
+    ----------
+    model : on the meta device; what requires a gradient trains. A gradient is dropped once it is complete, as ZeRO does
+    batch_size, length : B and L, prompt and response together
+    response_length : of the L positions, those whose logits the loss reads
+    checkpointing : recompute each layer in the backward pass
+    linear : stands in for torch.nn.functional.linear; ZeRO-3 has one that keeps the input even of frozen weights
+    """
+    switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
+    # There is no random state on the meta device to be kept.
+    switch(*([{"use_reentrant": False, "preserve_rng_state": False}] if checkpointing else []))
+    model.train()
+    stack = _equal_layers(model)
+    size = (batch_size, length, response_length)
+    if stack is None:
+        return max(_phase_peaks(model, size, linear))
+    owner, name, layers = stack
+    few, more = FEW_LAYERS
+    peaks = {}
+    for number in FEW_LAYERS:
+        setattr(owner, name, layers[:number])
+        peaks[number] = _phase_peaks(model, size, linear)
+    setattr(owner, name, layers)
+    steps = (len(layers) - more) // (more - few)
+    return max(last + steps * (last - first) for first, last in zip(peaks[few], peaks[more], strict=True))
+
+
+def _equal_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """The module that holds the stack of layers, its name there, and the stack, where that is long and all are alike."""
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers:
+                kinds = {
+                    tuple((key, value.shape, value.requires_grad) for key, value in layer.named_parameters())
+                    for layer in child
+                }
+                return (owner, name, child) if len(kinds) == 1 and len(child) > FEW_LAYERS[1] else None
+    return None
+
+
+def _phase_peaks(model: Any, size: tuple[int, int, int], linear: Callable[..., Tensor]) -> list[int]:
+    """Peaks of the forward pass, of the backward pass down to the embedding, and of the embedding's own."""
+    batch_size, length, response_length = size
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    live = LiveBytes()
+
+    def mark(module: nn.Module, inputs: Any, output_BLD: Tensor) -> None:
+        if output_BLD.requires_grad:
+            output_BLD.register_hook(lambda gradient: live.end_phase())
+
+    handles.append(model.get_input_embeddings().register_forward_hook(mark))
+    with torch.device("meta"), mock.patch.object(F, "linear", linear), live:
+        input_ids = torch.empty(batch_size, length, dtype=torch.int64)
+        mask_B1LL = torch.empty(batch_size, 1, length, length, dtype=torch.bool)  # noqa: F841  every layer's, alive
+        logits_BLV = model(input_ids=input_ids, use_cache=False, logits_to_keep=response_length + 1).logits
+        rows, columns = (torch.empty(batch_size * response_length, dtype=torch.int64) for _ in range(2))
+        logits_NV = logits_BLV[:, :-1][rows, columns].float()
+        loss = F.cross_entropy(logits_NV, torch.empty_like(rows), reduction="sum")
+        del logits_BLV, logits_NV
+        live.end_phase()
+        loss.backward()
+        live.end_phase()
+    for handle in handles:
+        handle.remove()
+    return live.phases
+
+
+@contextlib.contextmanager
+def rows_replaced(model: Any, num_rows: int) -> Iterator[nn.Parameter]:
+    """The model with a trainable (K, D) matrix whose rows replace some of the frozen lookup's: mode `rows`."""
+    embedding = model.get_input_embeddings()
+    rows_KD = nn.Parameter(embedding.weight.new_empty(num_rows, embedding.weight.shape[1]))
+
+    def replace(module: nn.Module, inputs: Any, output_BLD: Tensor) -> Tensor:
+        chosen_BL = torch.empty(output_BLD.shape[:2], dtype=torch.bool)
+        return torch.where(chosen_BL[..., None], F.embedding(inputs[0], rows_KD), output_BLD)
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield rows_KD
+    finally:
+        handle.remove()

@@ -1,0 +1,203 @@
+"""What a training run needs of a rank, as pure arithmetic: memory by kind, bytes on the wire, the smallest number of ranks.
+
+With N ranks, P parameters in all, T of them trained, b bytes of a weight (2 in bf16 and fp16, 4 in fp32), each parameter
+cut into N parts that are rounded up:
+
+    weights      stage 3: b P / N, and b for each element of a parameter small enough to stay whole on every rank too
+                 (stage3_param_persistence_threshold); stages 0 to 2: b P
+    gradients    b T / N in stages 2 and 3, b T below: what is kept between micro-batches
+    optimizer    12 T / N: fp32 master, exp_avg, exp_avg_sq (12 T in stage 0). Frozen parameters have neither gradients nor
+                 optimizer states
+    step         while the optimizer steps: fp32 gradients and the new 16-bit weights, 6 T / N (4 T / N in fp32) of at most
+                 sub_group_size elements at once, or the largest part in fp64 for the gradient's norm
+    buffers      b reduce_bucket_size, made when training starts (contiguous_gradients)
+    gathered     stage 3: weights that are whole for the moment: the largest of the largest parameter, what stays for the
+                 backward pass (half of stage3_max_reuse_distance: the way there and back) and, as every module asks for
+                 another prefetch bucket, stage3_max_live_parameters; and a bucket more, b P at most; and the bucket once
+                 more, since weights are copied out of the buffer that they arrive in
+    working      activations, logits and passing gradients, measured by a dry run (ksl_ds/model/dry_run.py)
+    snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
+    wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,
+                 less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small parameters that are
+                 whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen weights after the
+                 backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b T (N-1)/N of
+                 gradients, all-reduced, and half as much of new weights in stages 1 and 2
+    wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
+
+The optimizer's step and the forward and backward passes are not at the same time, so the peak is the states, the buffers,
+and the larger of `step` and `gathered + working`. Offloading moves the optimizer's states, gradients and, if asked for, the
+weights to host memory. What is not counted: the allocator's fragments, and what CUDA and NCCL keep for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_RANKS = 1 << 16
+SIZES = {  # of `Zero`, and DeepSpeed's names for them
+    "reduce_bucket_size": "reduce_bucket_size",
+    "prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "persistence_threshold": "stage3_param_persistence_threshold",
+    "max_live_parameters": "stage3_max_live_parameters",
+    "max_reuse_distance": "stage3_max_reuse_distance",
+    "sub_group_size": "sub_group_size",
+}
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What a DeepSpeed configuration says about memory; sizes in elements, DeepSpeed's defaults."""
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket_size: int = 500_000_000
+    prefetch_bucket_size: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    contiguous_gradients: bool = True
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Zero:
+        """The settings of a DeepSpeed configuration."""
+        section = config.get("zero_optimization", {})
+        settings: dict[str, Any] = {
+            "stage": section.get("stage", 0),
+            "contiguous_gradients": section.get("contiguous_gradients", True),
+        }
+        for name in ("offload_optimizer", "offload_param"):
+            settings[name] = section.get(name, {}).get("device", "none") != "none"
+        for ours, theirs in SIZES.items():
+            if theirs in section:
+                settings[ours] = int(section[theirs])
+        return cls(**settings)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains: elements of each trained and of each frozen parameter, and the dry run's peak."""
+
+    name: str
+    trained: Sequence[int]
+    frozen: Sequence[int]
+    working: int  # bytes of one micro-batch
+    snapshots: bool = False  # whether the embedding before tuning is kept
+    gathered_again: int = 0  # elements of frozen weights that checkpointing gathers a third time, see `wire, step`
+
+
+@dataclass(frozen=True)
+class Training:
+    """The rest of what the arithmetic needs."""
+
+    weight_bytes: int  # of one element: 2 or 4
+    vocab_size: int
+    width: int
+    micro_batches: int = 1  # of a rank in an optimizer step
+    reserved: int = 0  # bytes of a GPU that are nobody's, for CUDA and NCCL
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of one rank. `device` is the peak on its GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    step: int
+    buffers: int
+    gathered: int
+    working: int
+    snapshot: int
+    wire_step: int
+    wire_draw: int
+    device: int
+    host: int
+    on_host: frozenset[str] = field(default_factory=frozenset)  # the kinds that are offloaded
+
+
+def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Needs:
+    """The needs of each of `ranks` ranks; see the file's docstring for the formulas."""
+    b, sharded = training.weight_bytes, zero.stage == 3
+    everything = [*method.trained, *method.frozen]
+    persistent = [numel for numel in everything if sharded and numel <= zero.persistence_threshold]
+    trained_share = _share(method.trained, ranks if zero.stage >= 1 else 1)
+    total, kept_whole = sum(everything), sum(persistent)
+    weights = b * (_share(everything, ranks) + kept_whole if sharded else total)
+    gradients = b * (trained_share if zero.stage >= 2 else sum(method.trained))
+    optimizer = 12 * trained_share
+    stepped = (6 if b == 2 else 4) * min(trained_share, zero.sub_group_size)
+    step = max(stepped, 8 * -(-max(method.trained) // ranks))
+    buffers = b * zero.reduce_bucket_size if zero.contiguous_gradients and zero.stage >= 2 else 0
+    passing, stays = total - kept_whole, 0
+    gathered = 0
+    if sharded:
+        stays = min(passing, zero.max_reuse_distance // 2)
+        largest = max(everything)
+        bucket = min(passing, zero.prefetch_bucket_size)
+        live = max(stays, largest, zero.max_live_parameters if bucket else 0)
+        gathered = b * (min(passing, live + bucket) + bucket)
+    snapshot = 4 * -(-training.vocab_size // ranks) * training.width if method.snapshots else 0
+    moved = (ranks - 1) / ranks
+    trained = sum(method.trained)
+    if sharded:
+        wire_step = (
+            training.micro_batches * b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
+        )
+    else:
+        wire_step = b * trained * (2 * training.micro_batches + (1 if zero.stage else 0))
+    wire_draw = 8 * training.vocab_size * moved + (4 * training.width if ranks > 1 and sharded else 0)
+
+    on_host = set()
+    if zero.offload_optimizer:
+        on_host |= {"gradients", "optimizer", "step"}
+    if zero.offload_param and sharded:
+        on_host |= {"weights"}
+    sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}
+    here = {name: 0 if name in on_host else size for name, size in sizes.items()}
+    device = here["weights"] + here["gradients"] + here["optimizer"] + buffers
+    device += max(here["step"], gathered + method.working)
+    return Needs(
+        **sizes,
+        buffers=buffers,
+        gathered=gathered,
+        working=method.working,
+        snapshot=snapshot,
+        wire_step=round(wire_step * moved),
+        wire_draw=round(wire_draw),
+        device=device,
+        host=snapshot + sum(sizes[name] for name in on_host),
+        on_host=frozenset(on_host),
+    )
+
+
+def fits(needs: Needs, training: Training, memory: int) -> bool:
+    """Whether a GPU of `memory` bytes holds a rank."""
+    return needs.device + training.reserved <= memory
+
+
+def fewest_ranks(method: Method, training: Training, zero: Zero, memory: int) -> int | None:
+    """The smallest number of ranks of `memory` bytes that each hold their part; None where no number does."""
+
+    def enough(ranks: int) -> bool:
+        return fits(rank_needs(method, training, zero, ranks), training, memory)
+
+    return first_true(enough, MOST_RANKS)
+
+
+def first_true(holds: Callable[[int], bool], most: int) -> int | None:
+    """The least number from 1 to `most` for which `holds`, which once true stays so; None without one."""
+    if not holds(most):
+        return None
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _share(numels: Sequence[int], ranks: int) -> int:
+    return sum(-(-numel // ranks) for numel in numels)

@@ -1,0 +1,171 @@
+"""Run by test_estimate.py on several ranks: what the real engine holds and sends, beside what `estimate` says."""
+
+import gc
+import json
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_iter
+
+from ksl_ds.commands.estimate import plan_of
+from ksl_ds.model.adapters import with_adapter
+from ksl_ds.model.dry_run import LiveBytes
+from ksl_ds.model.rows import train_only_rows
+from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import adamw, quiet_libraries, training_engine
+from ksl_ds.sharding.estimate import rank_needs
+from ksl_ds.text.batches import Example, collate_training
+from ksl_ds.training.loss import response_nll
+from ksl_ds.training.run import open_run
+
+BATCH, LENGTH, RESPONSE, ROWS = 4, 64, 32, 7
+NOTHING_STAYS = {
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+# Two of the model's layers, of 147,456 elements each: what full tuning under checkpointing needs. Norms stay whole.
+SOME_STAYS = {
+    "stage3_max_live_parameters": 300_000,
+    "stage3_max_reuse_distance": 300_000,
+    "stage3_prefetch_bucket_size": 20_000,
+    "stage3_param_persistence_threshold": 200,
+}
+# Name: DeepSpeed's settings, precision, checkpointing, the methods measured one after the other.
+CASES = {
+    "nothing stays": (NOTHING_STAYS, "bf16", False, ("full", "embed")),
+    "some stays": (SOME_STAYS, "bf16", True, ("full", "embed", "ticket, hooks", "lora")),
+    "fp32": (NOTHING_STAYS, "fp32", False, ("embed",)),
+    "stage 2": ({"stage": 2}, "bf16", False, ("full",)),
+}
+
+
+class Wire(LiveBytes):
+    """Counts what this rank receives from collectives too, as rings do it."""
+
+    received = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            size = [sum(t.nbytes for t in tree_iter(value) if isinstance(t, torch.Tensor)) for value in args]
+            share = (cluster.world_size() - 1) / cluster.world_size()
+            # The first argument is the output, of a reduce-scatter the part; an all-reduce is both in one.
+            factor = {"_allgather_base_": size[0], "allgather_": size[0], "allgather_into_tensor_coalesced_": size[0]}
+            factor |= {"_reduce_scatter_base_": size[1], "reduce_scatter_": size[1], "allreduce_": 2 * size[0]}
+            self.received += share * factor.get(func.__name__.partition(".")[0], 0)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def held() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure(run, method: str) -> dict[str, float]:
+    """Bytes of this rank while `method` trains."""
+    model, recipe = run.model, run.recipe
+    embedding = model.get_input_embeddings().weight
+    rows = None
+    if method == "lora":
+        model = with_adapter(model, recipe)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    else:
+        model.requires_grad_(False)
+        parameters = list(model.parameters()) if method == "full" else [embedding]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        rows = train_only_rows(model, range(ROWS)) if method == "ticket, hooks" else None
+    weights = sum(
+        (p.ds_tensor.nbytes if hasattr(p, "ds_tensor") else 0) + p.detach().nbytes for p in model.parameters()
+    )
+    before = held()
+    examples = [Example([5] * (LENGTH - RESPONSE), [6] * RESPONSE)] * (BATCH - 1)
+    examples += [Example([5] * (LENGTH - RESPONSE - 1), [6] * RESPONSE)]  # a padding mask, as real text has
+    batch = collate_training(examples, 0)
+    found: dict[str, float] = {}
+    with training_engine(model, adamw(parameters, recipe.embed_tuning), None, run.config) as engine:
+        for _ in range(3):  # DeepSpeed learns in the first step in which order weights are used
+            found["wire"] = 0
+            with Wire() as live:
+                engine.module.train()
+                loss = response_nll(engine, batch, True)
+                engine.backward(loss)
+                loss = None
+            found["passes"], found["kept"] = live.peak, live.now
+            found["wire"] += live.received
+            with Wire() as live:
+                engine.step()
+            found["step"] = live.peak
+            found["wire"] += live.received
+        found["weights"] = sum(
+            (p.ds_tensor.nbytes if hasattr(p, "ds_tensor") else 0) + p.detach().nbytes for p in model.parameters()
+        )
+        optimizer = engine.optimizer
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            found["gradients"] = optimizer.grad_partitions_flat_buffer.nbytes
+        states = list(optimizer.optimizer.state.items())
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p, _ in states}
+        weights_at = {
+            (p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()).untyped_storage().data_ptr()
+            for p in model.parameters()
+        }
+        found["optimizer"] = sum(size for at, size in storages.items() if at not in weights_at)
+        found["optimizer"] += sum(v.nbytes for _, s in states for v in s.values() if isinstance(v, torch.Tensor))
+        states = storages = optimizer = None
+        found["all"] = held() - before + weights
+    if rows is not None:
+        rows.remove()
+    return found
+
+
+cluster.start()
+quiet_libraries(False)
+report = {}
+for number, (name, (section, precision, checkpointing, methods)) in enumerate(CASES.items()):
+    if cluster.is_main():
+        section = {"stage": 3, "reduce_bucket_size": 50_000, **section}
+        Path(f"{number}.json").write_text(json.dumps({"zero_optimization": section}))
+    cluster.barrier()
+    recipe = load_recipe(
+        Recipe,
+        "recipe.yaml",
+        [
+            f"run_dir=run{number}", f"deepspeed={number}.json", f"training.precision={precision}", "method=lora",
+            f"training.micro_batch_size={BATCH}", f"training.batch_size={BATCH * cluster.world_size()}",
+            f"training.gradient_checkpointing={str(checkpointing).lower()}", f"text.max_length={LENGTH}",
+        ],
+    )  # fmt: skip
+    plan = plan_of(recipe, RESPONSE, ROWS)
+    training = plan.training()
+    with open_run(recipe) as run:
+        for method in methods:
+            needs = rank_needs(
+                plan.method(method, checkpointing=checkpointing), training, plan.zero, cluster.world_size()
+            )
+            report[f"{name}: {method}"] = (measure(run, method), needs)
+for name, (found, needs) in report.items():
+    states = needs.weights + needs.optimizer + needs.buffers
+    said = {
+        "weights": needs.weights,
+        "gradients": needs.gradients,
+        "optimizer": needs.optimizer,
+        # Below stage 3 gradients are made in the backward pass and dropped in the step.
+        "all": states + (needs.gradients if "gradients" in found else 0),
+        "passes": needs.gathered + needs.working,
+        "step": needs.step,
+        "wire": needs.wire_step,
+    }
+    for kind, estimated in said.items():
+        if kind in found:
+            ratio = estimated / found[kind]
+            if cluster.is_main():
+                print(f"{name:28} {kind:10} measured {found[kind]:10.0f} estimated {estimated:10.0f} ratio {ratio:.3f}")
+            assert 0.9 <= ratio <= 1.1, (name, kind, found[kind], estimated)
+cluster.stop()

@@ -1,0 +1,168 @@
+"""Two hosts on one machine: network namespaces with addresses of their own, joined by a cable that can be cut.
+
+Each runs DeepSpeed's launcher with the same hostfile, as `launch/multi_node.sh` does without ssh. Skipped where the system
+does not permit namespaces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, free_port, run, succeeds
+from tiny import make_model_folder, write_pairs
+
+RECIPE = """
+run_dir: run
+deepspeed: ds.json
+model: {path: model}
+text: {train: pairs.jsonl, test: pairs.jsonl, max_test_pairs: 4}
+training: {batch_size: 8, micro_batch_size: 2, precision: fp32, gradient_checkpointing: true}
+embed_tuning: {learning_rate: 0.1, max_steps: 4}
+draw: {alpha: 0.5}
+partial_tuning: {learning_rate: 0.1, max_steps: 2}
+evaluation: {batch_size: 4, max_new_tokens: 4}
+tracking: {wandb: "off"}
+"""
+ADDRESSES = ("10.201.77.1", "10.201.77.2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+class Hosts:
+    """Two namespaces and the cable between them."""
+
+    def __init__(self) -> None:
+        self.names = [f"ksl{os.getpid()}{side}" for side in "ab"]
+
+    def __enter__(self) -> Hosts:
+        try:
+            for name in self.names:
+                ip("netns", "add", name)
+            left, right = self.names
+            ip("link", "add", left, "netns", left, "type", "veth", "peer", "name", right, "netns", right)
+            for name, address in zip(self.names, ADDRESSES, strict=True):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", name)
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "link", "set", name, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.__exit__()
+            pytest.skip(f"network namespaces are not permitted here: {getattr(error, 'stderr', '') or error}")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name in self.names:
+            for number in self.processes(name):
+                os.kill(number, 9)
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+    def processes(self, name: str) -> list[int]:
+        found = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True)
+        return [int(number) for number in found.stdout.split()]
+
+    def cut(self) -> None:
+        """Pulls the cable: packets are lost, nobody is told."""
+        ip("-n", self.names[1], "link", "set", self.names[1], "down")
+
+    def start(self, job: Path, slots: int, *words: str) -> list[subprocess.Popen]:
+        """The launcher on both hosts, each with the same command."""
+        (job / "hosts").write_text("".join(f"{address} slots={slots}\n" for address in ADDRESSES))
+        port = str(free_port())
+        return [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, "deepspeed", "--hostfile", "hosts", "--no_ssh", "--node_rank", str(number),
+                 "--master_addr", ADDRESSES[0], "--master_port", port, "--module", "ksl_ds", *words],
+                cwd=job, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": name, "TP_SOCKET_IFNAME": name},
+                stdin=subprocess.DEVNULL, stdout=(job / f"out{number}").open("w"),
+                stderr=(job / f"err{number}").open("w"),
+            )
+            for number, name in enumerate(self.names)
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with Hosts() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hosts")
+    make_model_folder(folder / "model")
+    write_pairs(folder / "pairs.jsonl", repeat=20)
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ticket_of_one_host(job) -> dict:
+    succeeds(run("ksl-ds", "lottery", "recipe.yaml", "run_dir=one", cwd=job))
+    return json.loads((job / "one/ticket/ticket.json").read_text())
+
+
+def said(job: Path) -> str:
+    return "\n".join((job / name).read_text()[-4000:] for name in ("out0", "err0", "out1", "err1"))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_two_hosts_draw_the_ticket_of_one(hosts, job, ticket_of_one_host, slots):
+    launchers = hosts.start(job, slots, "lottery", "recipe.yaml", f"run_dir=two{slots}", f"num_ranks={2 * slots}")
+    for launcher in launchers:
+        assert launcher.wait(timeout=500) == 0, said(job)
+    ticket = json.loads((job / f"two{slots}/ticket/ticket.json").read_text())
+    assert len(ticket["token_ids"]) > 0
+    for name in ("token_ids", "count"):
+        assert ticket[name] == ticket_of_one_host[name]
+    assert [hosts.processes(name) for name in hosts.names] == [[], []]
+
+
+def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> list[subprocess.Popen]:
+    """A lottery without end, after its first step."""
+    words = ("lottery", "recipe.yaml", f"run_dir={name}", "embed_tuning.max_steps=1000000", *words)
+    launchers = hosts.start(job, 1, *words)
+    metrics = job / name / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and "embed_tuning" in metrics.read_text()):
+        assert time.monotonic() < deadline and launchers[0].poll() is None, said(job)
+        time.sleep(0.2)
+    return launchers
+
+
+def assert_ended(hosts: Hosts, job: Path, name: str, launchers: list[subprocess.Popen], telling: list[int]) -> None:
+    """No launcher succeeds, the ranks in `telling` say why in one line, no process stays, what was logged is whole."""
+    for launcher in launchers:
+        assert launcher.wait(timeout=200) != 0, said(job)
+    for number in telling:
+        text = (job / f"err{number}").read_text()
+        messages = [line for line in text.splitlines() if "ksl-ds:" in line]
+        assert len(messages) == 1 and "Traceback" not in text, said(job)
+        assert f"rank {number} " in messages[0] and "lost the other ranks" in messages[0]
+        assert "timeout_minutes" in messages[0]
+    assert [hosts.processes(name) for name in hosts.names] == [[], []]
+    assert all("stage" in json.loads(line) for line in (job / name / "metrics.jsonl").read_text().splitlines())
+
+
+def test_fault_a_host_is_cut_off_in_training(hosts, job):
+    """Nobody is told, so both sides wait for the timeout; then they end by themselves."""
+    launchers = training_on_two_hosts(hosts, job, "cut", "timeout_minutes=.5")
+    hosts.cut()
+    assert_ended(hosts, job, "cut", launchers, telling=[0, 1])
+
+
+def test_fault_a_rank_is_killed_in_training(hosts, job):
+    """The other host notices at once: the system closes the connections of the dead rank."""
+    launchers = training_on_two_hosts(hosts, job, "killed")
+    for number in hosts.processes(hosts.names[1]):
+        if b"--local_rank" in Path(f"/proc/{number}/cmdline").read_bytes():
+            os.kill(number, signal.SIGKILL)
+    assert_ended(hosts, job, "killed", launchers, telling=[0])

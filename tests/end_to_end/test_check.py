@@ -1,0 +1,141 @@
+"""`ksl-ds check`: every line from a mistake made on purpose, and the recipes that ship with their own code path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import REPOSITORY, launch, succeeds
+from tiny import make_model_folder, write_pairs
+
+from ksl_ds.commands import check
+from ksl_ds.commands.check import Checklist
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.report import tracking
+
+RECIPE = """
+run_dir: run
+model: {path: model}
+text: {train: pairs.jsonl, test: pairs.jsonl}
+training: {batch_size: 8, micro_batch_size: 2, precision: fp32}
+tracking: {wandb: "off"}
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    make_model_folder(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(capsys, *words: str) -> list[str]:
+    """What `check` prints in this process, a cluster of one."""
+    try:
+        check.run(load_recipe(Recipe, "recipe.yaml", list(words)))
+        outcome = "passed"
+    except UserError as error:
+        outcome = str(error)
+    return [*capsys.readouterr().out.splitlines(), outcome]
+
+
+def failed(shown: list[str]) -> list[str]:
+    return [line.split()[1] for line in shown if line.startswith("failed")]
+
+
+def test_all_is_well(job, capsys):
+    shown = lines(capsys, "num_ranks=1")
+    assert shown[-2:] == ["all checks passed", "passed"] and failed(shown) == []
+    for what in (
+        "ranks",
+        "hosts",
+        "versions",
+        "deepspeed",
+        "device",
+        "model",
+        "text",
+        "scores",
+        "wandb",
+        "memory",
+        "disk",
+    ):
+        assert any(line.startswith(f"ok       {what} ") for line in shown), what
+    assert not (job / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "said"),
+    [
+        (["num_ranks=16"], "ranks", "num_ranks=16; check the hostfile"),
+        (["model.path=nowhere/x/y"], "model", "nowhere/x/y"),
+        (["text.train=nowhere.jsonl"], "text", "nowhere.jsonl"),
+        (["deepspeed=nowhere.json"], "deepspeed", "nowhere.json"),
+        (["evaluation.tokenize=13b"], "scores", "13b"),
+        (["training.precision=fp16"], "device", "CPUs do not train in fp16"),
+    ],
+)
+def test_what_is_missing_is_named(job, capsys, words, what, said):
+    shown = lines(capsys, *words)
+    assert what in failed(shown) and any(said in line for line in shown)
+    assert "failed; see the list" in shown[-1]
+
+
+def test_a_full_disk_and_too_little_memory(job, capsys, monkeypatch):
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(check, "_device_memory", lambda: 10_000)
+    shown = lines(capsys)
+    assert failed(shown) == ["memory", "memory", "disk"]  # the training, and the whole model while translating
+    assert any("gradient_checkpointing=true" in line for line in shown)
+    assert any("gather_weights=false" in line for line in shown)
+
+
+def test_a_run_folder_that_is_in_use_and_wandb_out_of_reach_are_warnings(job, capsys, monkeypatch):
+    (job / "run").mkdir()
+    (job / "run" / "results.json").write_text("{}")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(tracking, "_why_offline", lambda probe: "api.wandb.ai does not answer")
+    shown = lines(capsys, "tracking.wandb=online", "num_ranks=1")
+    warnings = [line for line in shown if line.startswith("warning")]
+    assert len(warnings) == 2 and "already holds a run" in warnings[1] and "does not answer" in warnings[0]
+    assert shown[-1] == "passed"
+
+
+def test_hosts_that_differ_are_named(capsys):
+    checks = Checklist(hosts=["alpha", "alpha", "beta", "beta"])
+    checks.same("versions", [1, 1, 2, 2], "other versions")
+    assert capsys.readouterr().out.split("\n")[0].endswith("beta: other versions than on alpha")
+    checks.same("versions", [1, 1, 1, 1], "other versions")
+    assert checks.failed == 1
+
+
+def test_under_the_launcher(job):
+    """Two ranks; a bad recipe ends with a code that is not 0, one line of reason and no traceback."""
+    done = launch(2, "--module", "ksl_ds", "check", "recipe.yaml", "num_ranks=3", "text.test=nowhere.jsonl", cwd=job)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "2 answer" in done.stdout and "num_ranks=3" in done.stdout and "nowhere.jsonl" in done.stdout
+    assert done.stderr.count("ksl-ds: 2 checks failed") == 1
+
+
+def test_the_papers_recipe_runs_on_a_tiny_model(job):
+    """Its own code path, all of it, but for what a CPU and 12 sentences cannot: size, fp16, steps, spBLEU's tokenizer."""
+    words = [
+        "model.path=model", "text.train=pairs.jsonl", "text.test=pairs.jsonl", "text.max_test_pairs=4", "run_dir=paper",
+        "num_ranks=1", "training.precision=fp32", "training.batch_size=8", "evaluation.tokenize=13a", "draw.alpha=.5",
+        "embed_tuning.max_steps=4", "embed_tuning.learning_rate=.1", "draw.every=2", "partial_tuning.max_steps=2",
+        "partial_tuning.learning_rate=.1", "evaluation.max_new_tokens=4", "tracking.wandb=offline", "verbose=true",
+    ]  # fmt: skip
+    recipe = REPOSITORY / "launch" / "recipes" / "paper_llama_7b.yaml"
+    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_ThisIsASecretToo"}
+    done = succeeds(launch(1, "--module", "ksl_ds", "lottery", recipe, *words, cwd=job, **secrets))
+    results = json.loads((job / "paper" / "results.json").read_text())
+    assert set(results["stages"]) == {"untuned", "embed_tuning", "partial_transfer", "partial_tuning"}
+    assert results["draw"]["method"] == "asymp" and results["draw"]["rows"] > 0
+    # Tokens that the environment holds are nowhere: not on the screen at its most talkative, not in any file of the run.
+    files = [path for path in (job / "paper").rglob("*") if path.is_file()]
+    assert any("wandb" in str(path) for path in files)
+    contents = [path.read_bytes() for path in files] + [(done.stdout + done.stderr).encode()]
+    assert [name for name, secret in secrets.items() if any(secret.encode() in content for content in contents)] == []
