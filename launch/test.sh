@@ -9,4 +9,4 @@ ruff format --check .
 mypy ksl_ds/lottery ksl_ds/sharding
 codespell
 shellcheck launch/*.sh launch/*.sbatch .ci/run
-python -m pytest -q "$@"
+python -m pytest -q -n 2 --dist loadfile "$@" # two files at a time: tests wait for processes more than they compute

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import measure_shift
 from ksl_ds.model.adapters import with_adapter
-from ksl_ds.model.dry_run import meta_model, model_config, rows_replaced, step_bytes
+from ksl_ds.model.dry_run import meta_model, model_config, step_bytes
+from ksl_ds.model.ticket_rows import TicketRows
 from ksl_ds.recipe import EstimateCommand, Recipe, load_recipe
 from ksl_ds.report.tables import Column, Table, count, duration, print_table, size
 from ksl_ds.sharding import cluster
@@ -79,8 +80,11 @@ class Plan:
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
         if name == "ticket, rows":
-            with rows_replaced(model, self.ticket_rows) as rows_KD:
-                return Method(name, [rows_KD.numel()], frozen, passes(), gathered_again=again)
+            width = model.get_input_embeddings().weight.shape[1]
+            rows = TicketRows(model, torch.arange(self.ticket_rows), torch.empty(self.ticket_rows, width))
+            method = Method(name, [rows.delta_KD.numel()], frozen, passes(), gathered_again=again)
+            rows.remove()
+            return method
         return Method(name, trained, frozen, passes(), snapshots=name == "embed", gathered_again=again)
 
 

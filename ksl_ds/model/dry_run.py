@@ -11,10 +11,9 @@ Legend: B pairs, L positions, N response tokens, V vocabulary, D width, H heads,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -221,20 +220,3 @@ def _phase_peaks(model: Any, size: tuple[int, int, int], linear: Callable[..., T
     for handle in handles:
         handle.remove()
     return live.phases
-
-
-@contextlib.contextmanager
-def rows_replaced(model: Any, num_rows: int) -> Iterator[nn.Parameter]:
-    """The model with a trainable (K, D) matrix whose rows replace some of the frozen lookup's: mode `rows`."""
-    embedding = model.get_input_embeddings()
-    rows_KD = nn.Parameter(embedding.weight.new_empty(num_rows, embedding.weight.shape[1]))
-
-    def replace(module: nn.Module, inputs: Any, output_BLD: Tensor) -> Tensor:
-        chosen_BL = torch.empty(output_BLD.shape[:2], dtype=torch.bool)
-        return torch.where(chosen_BL[..., None], F.embedding(inputs[0], rows_KD), output_BLD)
-
-    handle = embedding.register_forward_hook(replace)
-    try:
-        yield rows_KD
-    finally:
-        handle.remove()

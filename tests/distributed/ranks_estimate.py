@@ -1,4 +1,4 @@
-"""Run by test_estimate.py on several ranks: what the real engine holds and sends, beside what `estimate` says."""
+"""Run by test_estimated_memory.py on several ranks: what the real engine holds and sends, beside what `estimate` says."""
 
 import gc
 import json
@@ -10,11 +10,13 @@ from torch.utils._pytree import tree_iter
 from ksl_ds.commands.estimate import plan_of
 from ksl_ds.model.adapters import with_adapter
 from ksl_ds.model.dry_run import LiveBytes
-from ksl_ds.model.rows import train_only_rows
+from ksl_ds.model.rows import TrainedRows, train_only_rows
+from ksl_ds.model.ticket_rows import TicketRows
 from ksl_ds.recipe import Recipe, load_recipe
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import adamw, quiet_libraries, training_engine
 from ksl_ds.sharding.estimate import rank_needs
+from ksl_ds.sharding.rows import RowShard
 from ksl_ds.text.batches import Example, collate_training
 from ksl_ds.training.loss import response_nll
 from ksl_ds.training.run import open_run
@@ -35,7 +37,7 @@ SOME_STAYS = {
 # Name: DeepSpeed's settings, precision, checkpointing, the methods measured one after the other.
 CASES = {
     "nothing stays": (NOTHING_STAYS, "bf16", False, ("full", "embed")),
-    "some stays": (SOME_STAYS, "bf16", True, ("full", "embed", "ticket, hooks", "lora")),
+    "some stays": (SOME_STAYS, "bf16", True, ("full", "embed", "ticket, hooks", "ticket, rows", "lora")),
     "fp32": (NOTHING_STAYS, "fp32", False, ("embed",)),
     "stage 2": ({"stage": 2}, "bf16", False, ("full",)),
 }
@@ -72,7 +74,7 @@ def measure(run, method: str) -> dict[str, float]:
     """Bytes of this rank while `method` trains."""
     model, recipe = run.model, run.recipe
     embedding = model.get_input_embeddings().weight
-    rows = None
+    rows: TicketRows | TrainedRows | None = None
     if method == "lora":
         model = with_adapter(model, recipe)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -81,7 +83,13 @@ def measure(run, method: str) -> dict[str, float]:
         parameters = list(model.parameters()) if method == "full" else [embedding]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        rows = train_only_rows(model, range(ROWS)) if method == "ticket, hooks" else None
+        if method == "ticket, hooks":
+            rows = train_only_rows(model, range(ROWS))
+        elif method == "ticket, rows":
+            ids = torch.arange(ROWS)
+            rows = TicketRows(model, ids, RowShard(embedding).read_rows(ids))
+            embedding.requires_grad_(False)
+            parameters = [rows.delta_KD]
     weights = sum(
         (p.ds_tensor.nbytes if hasattr(p, "ds_tensor") else 0) + p.detach().nbytes for p in model.parameters()
     )
