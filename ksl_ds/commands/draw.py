@@ -12,7 +12,8 @@ import torch
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, choose_rows, explain_empty, make_ticket, measure_shift
 from ksl_ds.model.folder import ModelFolder, local_folder, token_strings
-from ksl_ds.recipe import DrawCommand, check_alpha
+from ksl_ds.recipe import DrawCommand
+from ksl_ds.recipe_checks import check_alpha
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import gather_shift
