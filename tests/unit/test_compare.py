@@ -344,7 +344,7 @@ def test_the_score_table(compared):
     ]  # fmt: skip
     assert rows["partial tuning alpha 0.5"]["test loss"] == "2.600 ±0.141"
     assert rows["lora"]["test loss"] == "3.200"
-    assert rows["full tuning"]["tuned file"] == "538 MB" and rows["full tuning"]["BLEU"] == "100.0 ±0.0"
+    assert rows["full tuning"]["tuned file"] == "513 MiB" and rows["full tuning"]["BLEU"] == "100.0 ±0.0"
     assert set(list(rows["partial tuning alpha 0.05"].values())[1:]) == {"–"}
     notes = " ".join(table.notes)
     assert "± is the standard deviation over 2 seeds." in notes
