@@ -25,6 +25,13 @@ fi
 ranks=()
 [ -z "${RANKS:-}" ] || ranks=(--num_accelerators "$RANKS")
 
-# exec: a SIGTERM to this script reaches the launcher, which ends the ranks.
 # --master_port 0 is not understood by the launcher; a second job on this machine needs another PORT.
-exec deepspeed "${ranks[@]}" --master_port "${PORT:-29500}" --module ksl_ds "$@"
+deepspeed "${ranks[@]}" --master_port "${PORT:-29500}" --module ksl_ds "$@" &
+job=$!
+# On one machine deepspeed does not hand a SIGTERM on to its child, which would end the ranks in order.
+trap 'pkill -TERM -P "$job" || true' TERM
+status=0
+while kill -0 "$job" 2>/dev/null; do
+    wait "$job" && status=0 || status=$? # a signal ends the waiting too
+done
+exit "$status"
