@@ -205,13 +205,22 @@ class Checkpoint:
     keep_last: int = key(2, "checkpoints of a training to keep, the newest; all go when its stage is complete")
 
 
+# Keys and sections that may change before a run is gone on with, since no training depends on them.
+CHANGE_NO_TRAINING = (
+    "run_dir", "resume", "verbose", "num_ranks", "timeout_minutes", "checkpoint", "tracking", "certify", "compare",
+    "reference", "evaluation.batch_size", "evaluation.gather_weights",
+)  # fmt: skip
+
+
 @dataclass
 class Recipe:
     """A run of `lottery`, `tune`, `evaluate`, `compare` or `certify`."""
 
     run_dir: str = key(MISSING, "folder that this run creates; everything it writes lies there")
     resume: Literal["never", "auto"] = key(
-        "never", "auto: goes on with the run that run_dir holds, if any, from its last complete stage or checkpoint"
+        "never",
+        "auto: goes on with the run that run_dir holds, if any, from its last complete stage or checkpoint (compare always "
+        "does)",
     )
     seed: int = key(0, "of data order, dropout and controls")
     verbose: bool = key(False, "show what DeepSpeed, transformers and wandb log")
@@ -235,6 +244,11 @@ class Recipe:
     method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
     ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket`, for `evaluate` and for `certify`")
     reference: Optional[str] = key(None, "folder of the embed-tuned model, for `certify`")
+
+    @property
+    def text_seed(self) -> int:
+        """Of the shuffle that a text's pairs are taken after."""
+        return self.seed if self.text.seed is None else self.text.seed
 
 
 @dataclass
@@ -295,8 +309,11 @@ def dotted_keys(section: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
     return keys
 
 
-def differing_keys(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two recipes differ, with both values."""
+def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two recipes differ and a training may depend on, with both values.
+
+    Each is a Recipe, or one as results.json records it.
+    """
 
     def flat(section: Any, prefix: str = "") -> dict[str, Any]:
         keys: dict[str, Any] = {}
@@ -304,11 +321,15 @@ def differing_keys(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
             keys |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         return keys
 
-    ours, theirs = (flat(dataclasses.asdict(recipe)) for recipe in (left, right))
+    ours, theirs = (
+        flat(dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else recipe) for recipe in (left, right)
+    )
     return {
         name: (ours.get(name), theirs.get(name))
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
+        and name not in CHANGE_NO_TRAINING
+        and name.partition(".")[0] not in CHANGE_NO_TRAINING
     }
 
 

@@ -36,7 +36,15 @@ first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
 options=(--hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT")
 
 if [ -n "${NODE_RANK:-}" ]; then
-    exec deepspeed "${options[@]}" --no_ssh --node_rank "$NODE_RANK" --module ksl_ds "$@"
+    deepspeed "${options[@]}" --no_ssh --node_rank "$NODE_RANK" --module ksl_ds "$@" &
+    job=$!
+    # Without ssh deepspeed does not hand a SIGTERM on to its child, which would end the ranks in order.
+    trap 'pkill -TERM -P "$job" || true' TERM
+    status=0
+    while kill -0 "$job" 2>/dev/null; do
+        wait "$job" && status=0 || status=$? # a signal ends the waiting too
+    done
+    exit "$status"
 fi
 
 # The words go through a remote shell, in which the launcher puts them between single quotes.

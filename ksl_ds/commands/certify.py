@@ -81,7 +81,7 @@ def trained_sources(recipe: Recipe) -> set[str] | None:
         cluster.say("warning: the recipe has no text.train, so whether test sentences were trained on is not checked")
         return None
     with cluster.together():
-        return {pair.source for pair in load_corpus(recipe.text, "train", recipe.seed).pairs}
+        return {pair.source for pair in load_corpus(recipe.text, "train", recipe.text_seed).pairs}
 
 
 def leave_out(run: Run, trained: set[str]) -> int:
@@ -192,13 +192,15 @@ def show(run: Run, rows: list[dict[str, Any]], examples: list[dict[str, Any]]) -
     reading = certificate_reading(rows)
     print_table(content)
     cluster.say("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
-    if not cluster.is_main():
-        return
-    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
-    write_text(run.dir / "counterexamples.jsonl", "".join(lines))
-    curves = certificate_curves(rows)
-    run.tracker.figure("Certificate", curves)
-    sections = certificate_sections(content, reading, curves, examples)
-    write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
+
+    def write() -> None:
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
+        write_text(run.dir / "counterexamples.jsonl", "".join(lines))
+        curves = certificate_curves(rows)
+        run.tracker.figure("Certificate", curves)
+        sections = certificate_sections(content, reading, curves, examples)
+        write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
+
+    cluster.on_main(write)
     cluster.say(f"\ncounterexamples ({len(examples):,}): {run.dir / 'counterexamples.jsonl'}")
     cluster.say(f"the report: {run.dir / 'report.html'}")

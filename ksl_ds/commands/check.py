@@ -6,6 +6,7 @@ names the hosts where something is missing. What cannot be seen from here is whe
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
@@ -30,6 +31,7 @@ from ksl_ds.text.batches import encode_corpus
 from ksl_ds.text.corpus import load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
+from ksl_ds.training.run import results_before
 
 # By the recipe's `method`; a lottery needs most in embed tuning, prefix tuning less than LoRA.
 ESTIMATED = {"embed": "embed", "full": "full", "lora": "lora", "prefix": "lora"}
@@ -188,7 +190,7 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
         for name in ("train", "valid", "test"):
             if name == "valid" and not text.valid:
                 continue
-            corpus = load_corpus(text, name, recipe.seed)  # type: ignore[arg-type]
+            corpus = load_corpus(text, name, recipe.text_seed)  # type: ignore[arg-type]
             examples, _ = encode_corpus(corpus, prompt, text.max_length)
             for pair in corpus.pairs:
                 digest.update(f"{pair.source}\n{pair.target}\n".encode("utf-8", "replace"))
@@ -228,16 +230,17 @@ def smallest_device(checks: Checklist) -> int:
 
 def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | None, memory: int) -> None:
     """The estimate for the recipe's method, at the longest pair of the text, against `memory` bytes a rank."""
+    recipe = copy.deepcopy(recipe)
     try:
         plan: Plan = plan_of(recipe)
+        if longest is not None:
+            recipe.text.max_length, plan.response_length = longest
+        training = plan.training()
+        name = ESTIMATED.get(recipe.method, f"ticket, {recipe.partial_tuning.mode}")
+        method = plan.method(name, checkpointing=recipe.training.gradient_checkpointing)
     except UserError as error:
         checks.add("failed", "memory", str(error))
         return
-    if longest is not None:
-        recipe.text.max_length, plan.response_length = longest
-    training = plan.training()
-    name = ESTIMATED.get(recipe.method, f"ticket, {recipe.partial_tuning.mode}")
-    method = plan.method(name, checkpointing=recipe.training.gradient_checkpointing)
     needs = rank_needs(method, training, plan.zero, cluster.world_size())
     taken = needs.device + (training.reserved if cluster.device().type == "cuda" else needs.host)
     status = "ok" if taken <= SPARE * memory else "warning" if taken <= memory else "failed"
@@ -269,8 +272,11 @@ def disk_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> None:
     free, needed = shutil.disk_usage(there).free, sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     if not os.access(there, os.W_OK):
         checks.add("failed", "disk", f"{there} cannot be written")
-    elif run_dir.is_dir() and any(run_dir.iterdir()) and recipe.resume == "never":
-        checks.add("warning", "disk", f"{run_dir} already holds a run; resume=auto goes on with it")
+        return
+    try:
+        results_before(run_dir, recipe)
+    except UserError as error:
+        checks.add("failed", "disk", str(error))
     else:
         line = f"{size(free)} free at {there}; the run writes a model of up to {size(needed)}"
         checks.add("failed" if free < needed else "ok", "disk", line)

@@ -10,10 +10,9 @@ Legend: V tokens, D coordinates of a row, K chosen rows.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from ksl_ds.commands.entries import (
     OF_ALPHA,
     ONE_ROW,
     Entry,
-    clear_unfinished,
     entries_of,
     finished,
     home_of,
@@ -38,6 +36,7 @@ from ksl_ds.commands.stages import (
     tune_all,
     tune_embedding,
     tune_ticket,
+    untested_ticket,
 )
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.shift import load_shift
@@ -49,9 +48,8 @@ from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import ids_of_draw
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluate import evaluate_stage, score_copying
-from ksl_ds.training.run import Run, open_run
+from ksl_ds.training.run import Run, folder_taken, open_run
 
-Value = TypeVar("Value")
 Outcome = dict[str, Any]  # as comparison.py describes it
 
 
@@ -68,11 +66,15 @@ class Comparison:
 
 def run(recipe: Recipe) -> None:
     """Runs or continues the comparison of a recipe. Raises UserError for a mistake, and at the end when an entry failed."""
-    home = _on_main(lambda: home_of(recipe))
+    home = cluster.on_main(lambda: home_of(recipe))
+    with folder_taken(home):
+        compare(recipe, home)
+
+
+def compare(recipe: Recipe, home: Path) -> None:
+    """Runs what is missing, in `home`, and writes down what all have found."""
     comparison = Comparison(recipe, home)
-    with cluster.together():
-        if cluster.is_main():
-            _create(home, recipe)
+    cluster.on_main(lambda: _create(home, recipe))
     entries = entries_of(recipe.compare)
     jobs = [
         (seed, entry) for seed in recipe.compare.seeds for entry in entries if seed in seeds_of(entry, recipe.compare)
@@ -84,9 +86,7 @@ def run(recipe: Recipe) -> None:
         if "missing" in outcome:
             cluster.say(f"{stage_name(entry.key)}, seed {seed}: {outcome['missing']}")
         gc.collect()  # the model of a run must be gone before the next one is loaded
-    with cluster.together():
-        if cluster.is_main():
-            finish(recipe, home, comparison.outcomes)
+    cluster.on_main(lambda: finish(recipe, home, comparison.outcomes))
     failed = [
         f"{stage_name(key)} (seed {seed})"
         for key, by_seed in comparison.outcomes.items()
@@ -108,7 +108,7 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
         if "missing" in embedded:
             return {"missing": "embed tuning with this seed did not succeed, and its rows are needed", "failed": True}
         if seed not in comparison.shifts:
-            comparison.shifts[seed] = _on_main(
+            comparison.shifts[seed] = cluster.on_main(
                 lambda: load_shift(home / embedded["folder"] / "checkpoints" / DRAW_FILE)
             )
         shift = comparison.shifts[seed]
@@ -122,18 +122,17 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
         num_rows = rows_of_controls(recipe, shift)
     wanted = entry.recipe(recipe, home, seed, num_rows)
     folder = Path(wanted.run_dir)
-    outcome = _on_main(lambda: _found(entry, folder, wanted, Path(recipe.run_dir), home))
+    outcome = cluster.on_main(lambda: _found(entry, folder, wanted, Path(recipe.run_dir), home))
     if outcome is not None:
         cluster.say(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
         return outcome
-    _on_main(lambda: clear_unfinished(entry, folder, wanted))
     try:
         _run_entry(comparison, entry, seed, wanted)
     except UnavailableRow as error:
         return {"missing": str(error)}
     except UserError as error:
         return {"missing": str(error), "failed": True}
-    outcome = _on_main(lambda: _found(entry, folder, wanted, None, home))
+    outcome = cluster.on_main(lambda: _found(entry, folder, wanted, None, home))
     assert outcome is not None
     return outcome
 
@@ -196,22 +195,23 @@ def _ticket(comparison: Comparison, entry: Entry, seed: int, run: Run, shard: Ro
     frequency_V = token_frequency(run)
     draw = run.recipe.draw
     if entry.method in ONE_ROW:
-        ids_K = torch.tensor([single_row(entry.method, run, frequency_V)])
-        untested_V = torch.zeros(shard.num_rows)
-        shift = Shift(untested_V.int(), untested_V, untested_V, shard.row_length, "untested")
-        base_KD = rows_KD = shard.read_rows(ids_K)
-    else:
-        shift = comparison.shifts[seed]
-        ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
-        base_KD = shard.read_rows(ids_K)
-        embedded = comparison.home / comparison.outcomes["embed_tuning"][seed]["folder"]
-        rows_KD = _on_main(lambda: _embed_tuned_rows(embedded, ids_K))
+        return untested_ticket(
+            run,
+            shard,
+            [single_row(entry.method, run, frequency_V)],
+            selection=entry.method,
+            source={"stage": entry.key},
+        )
+    shift = comparison.shifts[seed]
+    ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
+    embedded = comparison.home / comparison.outcomes["embed_tuning"][seed]["folder"]
+    rows_KD = cluster.on_main(lambda: _embed_tuned_rows(embedded, ids_K))
     return make_ticket(
         shift,
         ids_K,
-        base_KD,
+        shard.read_rows(ids_K).to(shard.dtype),
         rows_KD,
-        selection=entry.method if entry.method in ONE_ROW else draw.selection,
+        selection=draw.selection,
         alpha=draw.alpha,
         method=draw.method,
         tokens=token_strings(run.tokenizer, ids_K.tolist()),
@@ -248,15 +248,6 @@ def rows_of_controls(recipe: Recipe, shift: Shift) -> int:
 def _embed_tuned_rows(folder: Path, ids_K: Tensor) -> Tensor:
     tuned = ModelFolder(folder / "checkpoints" / "embed_tuning")
     return tuned.read_ids(tuned.embedding_name, ids_K.tolist()).float()
-
-
-def _on_main(make: Callable[[], Value]) -> Value:
-    """What rank 0 finds, on every rank; its UserError is everybody's."""
-    value = None
-    with cluster.together():
-        if cluster.is_main():
-            value = make()
-    return cluster.from_main(value)
 
 
 def _create(home: Path, recipe: Recipe) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import NEEDS_EMBED, Compare, Recipe
+from ksl_ds.recipe import NEEDS_EMBED, Compare, Recipe, differing_keys
 from ksl_ds.report.tracking import clean
 
 # method of `compare.methods`: (the entry's key, the stage that its run scores)
@@ -39,11 +38,7 @@ ENTRIES = {
 }
 OF_ALPHA = ("transfer", "ticket")
 ONE_ROW = ("newline", "bos", "first_prompt_token")
-# Where recipes may differ and still describe the same training and scores, and sections that only some methods read.
-NO_MATTER = {
-    "run_dir", "verbose", "tracking", "num_ranks", "resume", "checkpoint", "compare", "certify", "method", "ticket",
-    "reference",
-}  # fmt: skip
+# Sections that only some methods read.
 READ_BY = {
     "embed_tuning": ("embed", *NEEDS_EMBED),
     "partial_tuning": ("ticket", *NEEDS_EMBED[2:], *ONE_ROW),
@@ -88,7 +83,13 @@ class Entry:
         own = copy.deepcopy(recipe)
         own.run_dir, own.seed, own.compare, own.ticket = str(self.folder(home, seed)), seed, Compare(), None
         own.resume = "auto"
-        own.text.seed = recipe.seed if recipe.text.seed is None else recipe.text.seed
+        own.text.seed = recipe.text_seed
+        for (
+            section,
+            methods,
+        ) in READ_BY.items():  # so that a change of another method's section does not concern this run
+            if self.method not in methods:
+                setattr(own, section, type(getattr(own, section))())
         own.tracking.name = f"{recipe.tracking.name or Path(recipe.run_dir).name}-{self.key}-seed{seed}"
         if self.method in ("embed", "full", "lora", "prefix"):
             own.method = self.method  # type: ignore[assignment]
@@ -128,7 +129,7 @@ def home_of(recipe: Recipe) -> Path:
         For a folder that holds something else.
     """
     run_dir = Path(recipe.run_dir)
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
         return run_dir
     if (run_dir / "runs").is_dir():
         return run_dir
@@ -171,7 +172,7 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     if entry.alpha is not None:
         # It looked at tickets while it trained, which changed nothing unless it stopped there.
         drawn = {**drawn, "every": None, "top_k": own["top_k"]}
-    if drawn != own:
+    if drawn != own and entry.method in READ_BY["draw"]:
         return None
     text = {**theirs["text"], "seed": wanted.text.seed}
     same_text = theirs["text"].get("seed") in (None, wanted.text.seed) and theirs["seed"] == wanted.text.seed
@@ -188,26 +189,10 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{folder / 'results.json'} is no JSON: {error}") from None
 
 
-def clear_unfinished(entry: Entry, folder: Path, wanted: Recipe) -> None:
-    """Makes room where a run of another recipe was stopped or failed; one of the same recipe will be gone on with."""
-    results = read_results(folder)
-    unfinished = results is not None and entry.stage not in results.get("stages", {})
-    if results is not None and unfinished and differs(results.get("recipe", {}), wanted):
-        shutil.rmtree(folder)
-
-
-def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str | None = None) -> str:
+def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str) -> str:
     """The first key in which a recorded recipe differs from a wanted one, as far as `method` reads it; empty for none."""
-    mine = clean(wanted)
-    unread = {section for section, methods in READ_BY.items() if method is not None and method not in methods}
-    skipped = NO_MATTER | unread
-    for name in sorted(mine.keys() - skipped):
-        left, right = theirs.get(name), mine[name]
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            name, left, right = next(
-                ((f"{name}.{key}", left.get(key), right[key]) for key in sorted(right) if left.get(key) != right[key]),
-                (name, None, None),
-            )
-        if left != right:
+    unread = {section for section, methods in READ_BY.items() if method not in methods} | {"method", "ticket"}
+    for name, (left, right) in differing_keys(theirs, clean(wanted)).items():
+        if name.partition(".")[0] not in unread:
             return f"{name} is {left} there and {right} here"
     return ""

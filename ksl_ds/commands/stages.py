@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,19 +211,25 @@ def published_ticket(run: Run, shard: RowShard, direction: str) -> Ticket:
     with cluster.together():
         ids = published_ids(direction)
         check_tokenizer_is_llama1(run.tokenizer)
+    source = {"stage": "published", "direction": direction}
+    return untested_ticket(run, shard, ids, selection=f"published:{direction}", source=source)
+
+
+def untested_ticket(run: Run, shard: RowShard, ids: list[int], *, selection: str, source: dict[str, Any]) -> Ticket:
+    """Given rows with the base model's values. Every k is 0: no test chose them."""
     untested_V = torch.zeros(shard.num_rows)
-    base_KD = shard.read_rows(torch.tensor(ids))
+    base_KD = shard.read_rows(torch.tensor(ids)).to(shard.dtype)
     return make_ticket(
         Shift(untested_V.int(), untested_V, untested_V, shard.row_length, "untested"),
         torch.tensor(ids),
         base_KD,
         base_KD,
-        selection=f"published:{direction}",
+        selection=selection,
         alpha=0.05,
         method="asymp",
         tokens=token_strings(run.tokenizer, ids),
         embedding_scope=run.recipe.model.embedding_scope,
-        source={"stage": "published", "direction": direction},
+        source=source,
     )
 
 
@@ -260,9 +267,10 @@ def save_model(run: Run, out: Path) -> None:
 
 
 def _make_way(out: Path) -> None:
-    """A stage that was cut off after saving leaves what it saved; it is written anew."""
+    """A stage that was cut off while or after saving leaves what it saved; it is written anew."""
     out.parent.mkdir(exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)
+    for left in (out, *out.parent.glob(f".{out.name}.draft-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:

@@ -61,17 +61,17 @@ def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> Non
         "tokens": rows,
     }
     show_stages(run)
-    if not cluster.is_main():
-        return
     print_table(ticket_table(rows, limit=TOKENS_SHOWN))
-    write_run_report(
-        run,
-        title=f"KS-Lottery: {run.dir.name}",
-        stages=run.results["baselines"] | run.stages,
-        ticket_rows=rows,
-        figures=_figures(run, shift, drawn, frequency_V),
-        samples=_samples(run),
-        notes=_steps_saved(run),
+    cluster.on_main(
+        lambda: write_run_report(
+            run,
+            title=f"KS-Lottery: {run.dir.name}",
+            stages=run.results["baselines"] | run.stages,
+            ticket_rows=rows,
+            figures=_figures(run, shift, drawn, frequency_V),
+            samples=_samples(run),
+            notes=_steps_saved(run),
+        )
     )
     for name, what in {
         "ticket": "the ticket, tuned",
@@ -93,12 +93,10 @@ def write_run_report(
     notes: Sequence[str] = (),
     sections: Sequence[Section] = (),
 ) -> None:
-    """Writes the run's report.html on rank 0, figures to wandb too. What every run has is added: recipe, text, hardware.
+    """Writes the run's report.html, figures to wandb too; on rank 0. What every run has is added: recipe, text, hardware.
 
     Parameters are those of `write_report`; `notes` are those of the command, dropped pairs are noted here.
     """
-    if not cluster.is_main():
-        return
     figures = figures or {}
     for caption, figure in figures.items():
         run.tracker.figure(caption, figure)

@@ -141,12 +141,16 @@ class Checkpoints:
     def _check_space(self, step: int, training: TrainingState) -> None:
         """So that in all but rare cases nobody runs out of disk in the midst of DeepSpeed's own saving."""
         needed = sum(cluster.gather_objects(training.bytes_of_rank()))
-        free = shutil.disk_usage(self.folder).free
-        cluster.raise_together(
-            f"{self._cannot(step)}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there"
-            if free < needed
-            else None
-        )
+        with cluster.together():
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"{self.folder} is not there on every host: run_dir must be on a file system that all see"
+                )
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise UserError(
+                    f"{self._cannot(step)}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there"
+                )
 
     def _publish(self, draft: Path, step: int, state: dict[str, Any], digests_of_ranks: list[dict[str, Any]]) -> None:
         state_file = draft / STATE

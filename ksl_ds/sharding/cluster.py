@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -201,7 +201,7 @@ def raise_together(message: str | None) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Makes a UserError of any rank the UserError of all, so that none waits for one that has left.
+    """Makes a UserError of any rank the UserError of all, so that none waits for one that has left; an OSError too.
 
     The block must not communicate: a rank that fails in it would leave the others waiting inside.
     """
@@ -210,4 +210,15 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
     raise_together(message)
+
+
+def on_main(make: Callable[[], Item]) -> Item:
+    """What rank 0 makes, on every rank; its UserError is everybody's. `make` must not communicate."""
+    value: Any = None
+    with together():
+        if is_main():
+            value = make()
+    return from_main(value)

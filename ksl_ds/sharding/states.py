@@ -123,6 +123,10 @@ class MatrixState:
         self._shard = RowShard(matrix)
         self._shape = (self._shard.num_rows, self._shard.row_length)
 
+    def check(self) -> None:
+        """Raises UserError, on every rank, where the masters cannot be had."""
+        self._stepped()
+
     def bytes_of_rank(self) -> int:
         return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if cluster.is_main() else 0
 

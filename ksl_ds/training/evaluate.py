@@ -54,31 +54,33 @@ def evaluate_stage(
         )
     pairs = run.corpora["test"].pairs
     hypotheses = [translation.text for translation in translations]
-    scores: Scores | None = None
-    if cluster.is_main():
-        scores = score(
-            hypotheses,
-            [pair.target for pair in pairs],
-            [translation.stopped for translation in translations],
-            [translation.num_tokens for translation in translations],
-            evaluation.tokenize,
-        )
+
+    def score_and_write() -> Scores:
         write_translations(
             run.dir / "translations" / stage,
             [pair.source for pair in pairs],
             [pair.target for pair in pairs],
             hypotheses,
         )
+        return score(
+            hypotheses,
+            [pair.target for pair in pairs],
+            [translation.stopped for translation in translations],
+            [translation.num_tokens for translation in translations],
+            evaluation.tokenize,
+        )
+
+    scores = cluster.on_main(score_and_write)
     run.stages[stage] = {
         "trained_parameters": trained_parameters,
         "test_loss": loss,
-        **asdict(cluster.from_main(scores)),
+        **asdict(scores),
         "steps": outcome.steps if outcome else 0,
         "planned_steps": outcome.planned_steps if outcome else 0,
         "valid_loss": outcome.valid_loss if outcome else None,
         "seconds": outcome.seconds if outcome else 0.0,
         "evaluation_seconds": time.perf_counter() - started,
-        "tuned_file_bytes": cluster.from_main(file_bytes(tuned)) if tuned is not None else 0,
+        "tuned_file_bytes": cluster.on_main(lambda: file_bytes(tuned)) if tuned is not None else 0,
         "optimizer_bytes": outcome.optimizer_bytes if outcome else 0,
         # Of the training; of the evaluation where nothing was trained.
         "peak_memory_bytes": max(

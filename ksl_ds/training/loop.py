@@ -100,6 +100,9 @@ def train(
         state: TrainingState = EngineState(engine)
         if ticket_rows is not None:
             state = MatrixState(engine, ticket_rows.delta_KD, ticket_rows.ids_K)
+        saves = recipe.checkpoint.every is not None or recipe.resume == "auto"
+        if saves and isinstance(state, MatrixState):
+            state.check()
         if recipe.resume == "auto":
             _resume(run, stage, checkpoints, state, outcome, monitor)
         started -= outcome.seconds
@@ -110,7 +113,7 @@ def train(
                 step_started = time.perf_counter()
                 learning_rate = scheduler.get_last_lr()[0]
                 indices = order.batch(step)
-                loss, ends = train_step(engine, run, indices, bool(signals))
+                loss, ends = train_step(engine, run, indices, signals)
                 if not math.isfinite(loss):
                     raise UserError(
                         f"{stage}: the loss of step {step + 1} is {loss}; lower its learning_rate "
@@ -137,7 +140,8 @@ def train(
                     )
                 steps.set_postfix(loss=f"{loss:.3f}")
                 every = recipe.checkpoint.every
-                if ends or (every and (last or (step + 1) % every == 0)):
+                due = every is not None and (step + 1) % every == 0
+                if ends or due or (last and saves):
                     outcome.seconds = time.perf_counter() - started
                     watched = monitor.state_dict() if monitor is not None else {}
                     checkpoints.save(step + 1, state, {"outcome": asdict(outcome), "monitor": watched})
@@ -156,10 +160,11 @@ def train(
     return outcome, result
 
 
-def train_step(engine: Any, run: Run, indices: list[int], asked_to_end: bool) -> tuple[float, bool]:
+def train_step(engine: Any, run: Run, indices: list[int], signals: list[int]) -> tuple[float, bool]:
     """One optimizer step on the global batch of the training examples `indices`.
 
-    Returns the batch's mean loss of a response token, and whether any rank was asked to end; the same on every rank.
+    Returns the batch's mean loss of a response token, and whether any rank has received one of `signals` by its end; the
+    same on every rank.
     """
     examples, world_size = run.examples["train"], cluster.world_size()
     run.model.train()
@@ -168,7 +173,7 @@ def train_step(engine: Any, run: Run, indices: list[int], asked_to_end: bool) ->
     micro_batches = rank_micro_batches(indices, cluster.rank(), world_size, run.recipe.training.micro_batch_size)
     # The engine counts micro-batches itself; a short last batch is filled up with empty ones.
     micro_batches += [[]] * (engine.gradient_accumulation_steps() - len(micro_batches))
-    sums = torch.tensor([0.0, asked_to_end], dtype=torch.float64, device=cluster.device())
+    sums = torch.zeros(2, dtype=torch.float64, device=cluster.device())
     for micro_batch in micro_batches:
         batch = collate_training([examples[index] for index in micro_batch], run.pad_id)
         loss = response_nll(engine, batch, keeps_logits)
@@ -176,6 +181,7 @@ def train_step(engine: Any, run: Run, indices: list[int], asked_to_end: bool) ->
         # DeepSpeed averages over ranks and accumulation steps; this makes it a mean over the global batch.
         engine.backward(loss * (world_size * len(micro_batches) / num_tokens))
         engine.step()
+    sums[1] = len(signals)
     nll, ends = cluster.all_reduce(sums).tolist()
     return nll / num_tokens, ends > 0
 

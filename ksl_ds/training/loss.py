@@ -56,9 +56,7 @@ def can_keep_logits(model: nn.Module) -> bool:
 @torch.no_grad()
 def corpus_loss(model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int) -> float:
     """Mean negative log-likelihood of a response token over `examples`, spread over the ranks, `size` pairs at once."""
-    by_length = sorted(
-        range(len(examples)), key=lambda index: -len(examples[index].prompt_ids + examples[index].response_ids)
-    )
+    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index]))
     keeps_logits = can_keep_logits(module)
     total = torch.zeros((), dtype=torch.float64, device=cluster.device())
     was_training = module.training

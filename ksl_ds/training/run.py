@@ -6,10 +6,12 @@ existing folder is gone on with: the recipe and the text must be the same, and s
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +34,6 @@ from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
 
 LOCK = ".lock"
-# What may change between the parts of a run, since it changes no number.
-FREE_TO_CHANGE = ("resume", "verbose", "num_ranks", "run_dir", "checkpoint", "tracking")
 
 
 @dataclass
@@ -90,19 +90,14 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         )
     config = deepspeed_config(recipe)
     run_dir = Path(recipe.run_dir)
-    before: dict[str, Any] | None = None
-    with cluster.together():
-        if cluster.is_main():
-            before = results_before(run_dir, recipe)
-            check_tokenizer(recipe.evaluation.tokenize)
-    before = cluster.from_main(before)
+    before = cluster.on_main(lambda: results_before(run_dir, recipe))
+    cluster.on_main(lambda: check_tokenizer(recipe.evaluation.tokenize))
     folder = open_folder(recipe.model)
     with cluster.together():
         tokenizer = folder.tokenizer()
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
         names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
-        text_seed = recipe.seed if recipe.text.seed is None else recipe.text.seed
-        corpora = {name: load_corpus(recipe.text, name, text_seed) for name in names}  # type: ignore[arg-type]
+        corpora = {name: load_corpus(recipe.text, name, recipe.text_seed) for name in names}  # type: ignore[arg-type]
         examples, text = {}, {}
         for name, corpus in corpora.items():
             examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)
@@ -117,16 +112,20 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         cluster.say(corpus.summary())
     cluster.say(f"loading {folder.path} on {cluster.world_size()} ranks")
     model = load_model(recipe, folder, config)
-    results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
-    results |= (before or {}) | {"environment": hardware_and_versions()}
     prompts = [prompt.encode_source(pair.source) for pair in corpora["test"].pairs]
-    with _folder_taken(run_dir, recipe), Tracker(run_dir, recipe) as tracker:
-        run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
-        run.save_results()
-        try:
-            yield run
-        finally:
-            free_weights(run.model)  # a command may open one run after the other
+    with folder_taken(run_dir):
+        # Once more, as another process may have gone on with the run while this one loaded the model.
+        before = cluster.on_main(lambda: results_before(run_dir, recipe))
+        results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
+        results |= (before or {}) | {"environment": hardware_and_versions()}
+        cluster.on_main(lambda: _begin(run_dir, recipe, results["stages"]))
+        with Tracker(run_dir, recipe) as tracker:
+            run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
+            run.save_results()
+            try:
+                yield run
+            finally:
+                free_weights(run.model)  # a command may open one run after the other
 
 
 def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -137,7 +136,8 @@ def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
     UserError
         Where `run_dir` holds anything and `recipe` asks for a new run, or something else than a run of this recipe.
     """
-    if not run_dir.exists() or (run_dir.is_dir() and all(path.name == LOCK for path in run_dir.iterdir())):
+    # Hidden names are the lock, and drafts of a run that was cut off as it began.
+    if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
         return None
     if recipe.resume == "never" or not run_dir.is_dir():
         raise UserError(
@@ -146,11 +146,10 @@ def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"run_dir {run_dir} holds no run (it has no recipe.yaml); choose another run_dir")
     for name, (old, new) in differing_keys(load_recipe(Recipe, str(run_dir / "recipe.yaml"), []), recipe).items():
-        if name.partition(".")[0] not in FREE_TO_CHANGE:
-            raise UserError(
-                f"the run in {run_dir} was begun with {name}={old}, and now it is {new}; resume=auto goes on with the same "
-                f"recipe only, which {run_dir / 'recipe.yaml'} holds"
-            )
+        raise UserError(
+            f"the run in {run_dir} was begun with {name}={old}, and now it is {new}; resume=auto goes on with the same "
+            f"recipe only, which {run_dir / 'recipe.yaml'} holds"
+        )
     with suppress(FileNotFoundError):  # a run that had come no further
         try:
             return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
@@ -160,26 +159,36 @@ def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _folder_taken(run_dir: Path, recipe: Recipe) -> Iterator[None]:
-    """Makes the run folder, and keeps other runs out of it for as long as this process lives."""
-    lock = None
+def folder_taken(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes that take it out, for as long as this one lives. Raises UserError."""
+    lock: Any = None
     with cluster.together():
         if cluster.is_main():
             try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                lock = (run_dir / LOCK).open("w")
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = (folder / LOCK).open("w")
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not (run_dir / "recipe.yaml").exists():
-                    save_recipe(recipe, run_dir / "recipe.yaml")
             except BlockingIOError:
-                raise UserError(f"run_dir {run_dir} is in use by another run; choose another one") from None
+                raise UserError(f"run_dir {folder} is in use by another run; choose another one") from None
             except OSError as error:
-                raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}") from None
+                if lock is None or error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise UserError(f"run_dir {folder} cannot be written: {error.strerror}") from None
+                cluster.say(
+                    f"warning: {folder} cannot be locked ({error.strerror}); see that no other run writes there"
+                )
     try:
         yield
     finally:
         if lock is not None:
             lock.close()
+
+
+def _begin(run_dir: Path, recipe: Recipe, stages: Iterable[str]) -> None:
+    """What the folder needs, and no checkpoints within trainings that are over, should the last process have died there."""
+    if not (run_dir / "recipe.yaml").exists():
+        save_recipe(recipe, run_dir / "recipe.yaml")
+    for stage in stages:
+        shutil.rmtree(run_dir / "checkpoints" / f"{stage}_steps", ignore_errors=True)
 
 
 def _sha256(corpus: Corpus) -> str:

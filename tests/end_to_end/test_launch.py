@@ -29,7 +29,7 @@ with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 if sys.argv[0].endswith("scontrol") and sys.argv[1:2] == ["show"]:
     print("node7\\nnode8")
-if sys.argv[0].endswith("srun") and "SRUN_WAITS" in os.environ:
+if sys.argv[0].endswith("srun") and "SRUN_WAITS" in os.environ and "pkill" not in sys.argv:
     def told(number, frame):
         with open(os.environ["CALLS"], "a") as file:
             file.write(json.dumps(["srun got", number]) + "\\n")
@@ -107,13 +107,15 @@ def test_multi_node_refuses_what_would_go_wrong_later(tmp_path, cluster):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_slurm_hands_signals_to_the_ranks_and_queues_again(number, tmp_path, cluster):
-    environment = {**os.environ, **cluster, "SRUN_WAITS": "1"}
+    environment = {**os.environ, **cluster, "SRUN_WAITS": "1", "PATIENCE": "1"}
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "lottery", "r.yaml"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None and "waiting" in job.stdout.readline()
         job.send_signal(number)
         job.communicate(timeout=30)
     assert job.returncode == 0
+    started, told = calls(tmp_path, "srun")  # the ranks are told first, then, as these do not end, srun
+    assert "torch.distributed.run" in started and told[-5:] == ["pkill", "-USR1", "-f", "--", "-u -m ksl_ds"]
     assert calls(tmp_path, "srun got") == [[signal.SIGTERM]]
     assert ["requeue", "123"] in calls(tmp_path, "scontrol")
 

@@ -17,7 +17,6 @@ from ksl_ds.commands import compare
 from ksl_ds.commands.comparison import finish
 from ksl_ds.commands.entries import (
     Entry,
-    clear_unfinished,
     differs,
     entries_of,
     finished,
@@ -121,10 +120,6 @@ def test_a_run_is_found_again_unless_its_recipe_changed(tmp_path):
     found["stages"] = {}
     (entry.folder(home, 0) / "results.json").write_text(json.dumps(found))
     assert finished(entry, entry.folder(home, 0), changed) is None
-    clear_unfinished(entry, entry.folder(home, 0), entry.recipe(whole, home, 0, None))
-    assert entry.folder(home, 0).exists()
-    clear_unfinished(entry, entry.folder(home, 0), changed)
-    assert not entry.folder(home, 0).exists()
 
 
 def test_a_lotterys_stages_serve_for_its_seed_and_its_alpha(tmp_path):
