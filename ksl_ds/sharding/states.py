@@ -3,7 +3,7 @@
 `EngineState` is DeepSpeed's own checkpoint without frozen weights, for every method; DeepSpeed loads it on as many ranks as
 wrote it. `MatrixState` is for one small matrix that trains alone, a ticket's rows: three (K, D) matrices as a whole, in
 kilobytes, which any number of ranks reads; stage 0 in 16 bits, where DeepSpeed hides its masters, cannot have it.
-DeepSpeed's files are pickled; here torch's restricted unpickler reads them, which knows tensors, plain values and the four
+DeepSpeed's files are pickled; here torch's restricted unpickler reads them, which knows tensors, plain values and the three
 classes below, and runs nothing.
 
 Legend: K rows, D elements of a row; `flat` is this rank's part of the flattened matrix.
@@ -11,6 +11,7 @@ Legend: K rows, D elements of a row; `flat` is this rank's part of the flattened
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            super().save(state_dict, path)
+            super().save(_without_enums(state_dict), path)
             self.written.append(Path(path))
         except OSError as error:
             self.failure = error
@@ -55,10 +56,16 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
 
 def _deepspeed_classes() -> list[Any]:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    return [DynamicLossScaler, LossScaler, fragment_address]
+
+
+def _without_enums(value: Any) -> Any:
+    """`value` with the numbers that enums in its dicts stand for; Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr."""
+    if isinstance(value, Enum):
+        return value.value
+    return {name: _without_enums(item) for name, item in value.items()} if type(value) is dict else value
 
 
 def _refuse_code(folder: Path) -> None:

@@ -141,6 +141,7 @@ for notices in (True, False):
     assert steps(run_dir) == ["step-00000002"]
     assert train(run_dir, "resume=auto") == ""
     assert losses(run_dir) == losses("whole")
+    cluster.barrier()
     if cluster.is_main():
         shutil.rmtree(run_dir)
     cluster.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -89,7 +90,8 @@ class Job:
         return out
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 LONGER = ("checkpoint.every=2", "embed_tuning.max_steps=16", "partial_tuning.max_steps=16", "draw.every=4")

@@ -93,14 +93,20 @@ def test_a_full_disk_and_too_little_memory(job, capsys, monkeypatch):
     assert any("gather_weights=false" in line for line in shown)
 
 
-def test_a_run_folder_that_is_in_use_and_wandb_out_of_reach_are_warnings(job, capsys, monkeypatch):
+def test_a_run_folder_that_is_in_use_fails(job, capsys):
     (job / "run").mkdir()
     (job / "run" / "results.json").write_text("{}")
+    shown = lines(capsys, "num_ranks=1")
+    assert any(line.startswith("failed") and "already holds a run" in line for line in shown)
+    assert shown[-1] == "1 check failed; see the list"
+
+
+def test_wandb_out_of_reach_is_a_warning(job, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(tracking, "_why_offline", lambda probe: "api.wandb.ai does not answer")
     shown = lines(capsys, "tracking.wandb=online", "num_ranks=1")
     warnings = [line for line in shown if line.startswith("warning")]
-    assert len(warnings) == 2 and "already holds a run" in warnings[1] and "does not answer" in warnings[0]
+    assert len(warnings) == 1 and "does not answer" in warnings[0]
     assert shown[-1] == "passed"
 
 

@@ -64,9 +64,9 @@ def test_no_shell_no_pickle_no_code_from_text(path):
             "os.system",
             "os.popen",
             "subprocess.getoutput",
-            "torch.load",
             "yaml.load",
         ), name
+        assert name != "torch.load" or "weights_only" in true, "torch.load of more than data"
         assert "shell" not in true, f"{name}(shell=True)"
 
 
