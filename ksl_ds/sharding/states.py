@@ -62,7 +62,7 @@ def _deepspeed_classes() -> list[Any]:
 
 
 def _without_enums(value: Any) -> Any:
-    """`value` with the numbers that enums in its dicts stand for; Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr."""
+    """`value` with the numbers that enums in its dicts stand for: Python 3.11.0 to 3.11.3 pickle them as calls of getattr."""
     if isinstance(value, Enum):
         return value.value
     return {name: _without_enums(item) for name, item in value.items()} if type(value) is dict else value
