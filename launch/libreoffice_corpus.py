@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-from quickstart_inputs import folded, is_made
+from quickstart_inputs import folded, is_made, write_splits
 
 from ksl_ds.text.corpus import Pair, one_line
 
@@ -69,7 +67,7 @@ def main() -> None:
             "pairs": {name: len(part) for name, part in splits.items()},
             "left_out": dict(dropped),
         }
-        write_corpus(splits, origin, arguments.data_out)
+        write_splits(splits, arguments.data_out, f"LibreOffice's help, {LICENCE}", origin)
 
 
 def fetch(package: str, scratch: Path) -> Path:
@@ -205,20 +203,6 @@ def split(pairs: dict[tuple[str, str], Pair], dropped: Counter[str]) -> dict[str
             part.append(pair)
         targets_before |= targets
     return splits
-
-
-def write_corpus(splits: dict[str, list[Pair]], origin: dict, out: Path) -> None:
-    """One JSON line a pair, with the columns source and target, and origin.json."""
-    draft = out.with_name(out.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for name, pairs in splits.items():
-        lines = [json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False) for pair in pairs]
-        (draft / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    (draft / "origin.json").write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.rename(out)
-    sizes = ", ".join(f"{len(pairs):,} {name} pairs" for name, pairs in splits.items())
-    print(f"{out}: {sizes}; LibreOffice's help, {LICENCE}", flush=True)
 
 
 if __name__ == "__main__":

@@ -144,17 +144,21 @@ def split(pairs: list[Pair], seed: int) -> dict[str, list[Pair]]:
     return {name: shuffled[start:stop] for name, start, stop in zip(names, bounds, bounds[1:], strict=False)}
 
 
-def write_splits(splits: dict[str, list[Pair]], out: Path) -> None:
-    """One JSON line a pair, with the columns source and target."""
+def write_splits(
+    splits: dict[str, list[Pair]], out: Path, credit: str = TEXT_ORIGIN, origin: dict | None = None
+) -> None:
+    """One JSON line a pair, with the columns source and target; `origin`, where given, as origin.json beside them."""
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for name, pairs in splits.items():
         lines = [json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False) for pair in pairs]
         (draft / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if origin is not None:
+        (draft / "origin.json").write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.rename(out)
     sizes = ", ".join(f"{len(pairs):,} {name} pairs" for name, pairs in splits.items())
-    print(f"{out}: {sizes}; {TEXT_ORIGIN}", flush=True)
+    print(f"{out}: {sizes}; {credit}", flush=True)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
 
 
+def random_model(architecture: str, vocab_size: int, *, tied: bool, seed: int = 0, **sizes: int):
+    """A model of ARCHITECTURE, a key of SHAPES or any other that takes Llama's sizes."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        architecture,
+        **{**SHAPES.get(architecture, LLAMA_LIKE), **sizes},
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
 def make_model_folder(
     folder: Path,
     architecture: str = "llama",
@@ -79,19 +94,9 @@ def make_model_folder(
     seed: int = 0,
     **sizes: int,
 ) -> Path:
-    """Writes a random model of ARCHITECTURE (a key of SHAPES) and its tokenizer, whose size is the default vocab_size."""
-    torch.manual_seed(seed)
+    """Writes a random model of ARCHITECTURE and its tokenizer, whose size is the default vocab_size."""
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        architecture,
-        **{**SHAPES[architecture], **sizes},
-        vocab_size=vocab_size or len(tokenizer),
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = random_model(architecture, vocab_size or len(tokenizer), tied=tied, seed=seed, **sizes).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder

@@ -31,7 +31,7 @@ from ksl_ds.text.batches import encode_corpus
 from ksl_ds.text.corpus import load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
-from ksl_ds.training.run import results_before
+from ksl_ds.training.run import corpus_sha256, results_before
 
 # By the recipe's `method`; a lottery needs most in embed tuning, prefix tuning less than LoRA.
 ESTIMATED = {"embed": "embed", "full": "full", "lora": "lora", "prefix": "lora"}
@@ -186,23 +186,22 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
     def check() -> tuple[str, Any]:
         tokenizer = folder.tokenizer()
         prompt = Prompt(text.prompt, text.source_language, text.target_language, tokenizer)
-        digest, counts, longest, response = hashlib.sha256(), [], 0, 0
+        digests, counts, longest, response = [], [], 0, 0
         for name in ("train", "valid", "test"):
             if name == "valid" and not text.valid:
                 continue
             corpus = load_corpus(text, name, recipe.text_seed)  # type: ignore[arg-type]
             examples, _ = encode_corpus(corpus, prompt, text.max_length)
-            for pair in corpus.pairs:
-                digest.update(f"{pair.source}\n{pair.target}\n".encode("utf-8", "replace"))
+            digests.append(corpus_sha256(corpus))
             counts.append(f"{len(examples):,} {name}")
             longest = max(longest, *map(len, examples))
             response = max(response, *(len(example.response_ids) for example in examples))
-        return f"{', '.join(counts)} pairs; the longest has {longest} tokens", (digest.hexdigest(), longest, response)
+        return f"{', '.join(counts)} pairs; the longest has {longest} tokens", (digests, longest, response)
 
     found = checks.on_all("text", check)
     if found is None:
         return None
-    checks.same("text", [digest for digest, _, _ in found], "other text")
+    checks.same("text", [digests for digests, _, _ in found], "other text")
     _, longest, response = found[0]
     return longest, response
 

@@ -60,9 +60,7 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
             embedding_scope=recipe.model.embedding_scope,
             source={"stage": "embed_tuning", "base": recipe.model.path},
         )
-        with cluster.together():
-            if cluster.is_main():
-                save_shift(shift, checkpoints / DRAW_FILE)
+        cluster.on_main(lambda: save_shift(shift, checkpoints / DRAW_FILE))
         if ticket.token_ids:
             save_ticket(run, ticket, checkpoints / "partial_transfer")
         return shift, ticket

@@ -22,11 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 def run(command: TransferCommand) -> None:
     """Writes `command.out` and says what differs from `command.base`."""
-    summary = ""
-    with cluster.together():
-        if cluster.is_main():
-            summary = transfer(command)
-    cluster.say(summary)
+    cluster.say(cluster.on_main(lambda: transfer(command)))
 
 
 def transfer(command: TransferCommand) -> str:

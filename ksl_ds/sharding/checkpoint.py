@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,12 +68,7 @@ class Checkpoints:
             On every rank, where it cannot be written; the checkpoints there were stay.
         """
         draft, failure = self.folder / f".draft-{step:08d}", None
-        with cluster.together():
-            if cluster.is_main():
-                try:
-                    self._make_room(draft)
-                except OSError as error:
-                    raise UserError(self._cannot(step, error)) from None
+        self._on_main(step, lambda: self._make_room(draft))
         self._check_space(step, training)
         digests: dict[str, Any] = {}
         try:
@@ -86,13 +82,8 @@ class Checkpoints:
             failure = self._cannot(step, error)
         cluster.raise_together(failure)
         digests_of_ranks = cluster.gather_objects(digests)
-        with cluster.together():
-            if cluster.is_main():
-                state = {**state, "step": step, "world_size": cluster.world_size()}
-                try:
-                    self._publish(draft, step, state, digests_of_ranks)
-                except OSError as error:
-                    raise UserError(self._cannot(step, error)) from None
+        state = {**state, "step": step, "world_size": cluster.world_size()}
+        self._on_main(step, lambda: self._publish(draft, step, state, digests_of_ranks))
 
     def load(self, training: TrainingState) -> dict[str, Any] | None:
         """Puts the newest checkpoint that is whole into `training` and returns its state; None where there is none.
@@ -131,6 +122,17 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _on_main(self, step: int, work: Callable[[], None]) -> None:
+        """Works on rank 0; a failure is everybody's, with the step whose checkpoint is not there for it."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise UserError(self._cannot(step, error)) from None
+
+        cluster.on_main(guarded)
 
     def _make_room(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

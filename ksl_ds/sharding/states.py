@@ -73,7 +73,10 @@ def _refuse_code(folder: Path) -> None:
     allowed = {f"{known.__module__}.{known.__qualname__}" for known in _deepspeed_classes()}
     message = None
     for path in sorted(folder.rglob("*.pt"))[cluster.rank() :: cluster.world_size()]:
-        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
+        try:
+            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
+        except ValueError:  # a bare pickle
+            named = {"unknown code"}
         if named:
             message = f"{path} is no checkpoint of ours: loading it would run {min(named)}; delete {folder}"
     cluster.raise_together(message)

@@ -65,9 +65,7 @@ class Run:
         return self.results["stages"]
 
     def save_results(self) -> None:
-        with cluster.together():
-            if cluster.is_main():
-                write_json(self.dir / "results.json", self.results)
+        cluster.on_main(lambda: write_json(self.dir / "results.json", self.results))
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """The checkpoints within the training of a stage."""
@@ -102,7 +100,7 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         for name, corpus in corpora.items():
             examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)
             corpus.dropped |= dropped
-            text[name] = {"pairs": len(corpus.pairs), "dropped": corpus.dropped, "sha256": _sha256(corpus)}
+            text[name] = {"pairs": len(corpus.pairs), "dropped": corpus.dropped, "sha256": corpus_sha256(corpus)}
             if before and before["text"].get(name, text[name])["sha256"] != text[name]["sha256"]:
                 raise UserError(
                     f"{corpus.name} has changed since the run in {run_dir} began, so it cannot be gone on with; bring the "
@@ -191,7 +189,7 @@ def _begin(run_dir: Path, recipe: Recipe, stages: Iterable[str]) -> None:
         shutil.rmtree(run_dir / "checkpoints" / f"{stage}_steps", ignore_errors=True)
 
 
-def _sha256(corpus: Corpus) -> str:
+def corpus_sha256(corpus: Corpus) -> str:
     """Of the pairs in their order: the same when a run that is gone on with sees the same text."""
     digest = hashlib.sha256()
     for pair in corpus.pairs:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,16 @@ if cluster.is_main():
 cluster.barrier()
 message = train("malicious", "resume=auto")
 assert "posix.mkdir" in message and DEEPSPEED in message, message
+assert not Path("executed").exists()
+
+# The same as a bare pickle, which is no file of torch.save at all.
+if cluster.is_main():
+    (folder / DEEPSPEED).write_bytes(pickle.dumps(Command()))
+    digests[DEEPSPEED] = [(folder / DEEPSPEED).stat().st_size, file_sha256(folder / DEEPSPEED)]
+    (folder / MANIFEST).write_text(json.dumps(digests))
+cluster.barrier()
+message = train("malicious", "resume=auto")
+assert "unknown code" in message and DEEPSPEED in message, message
 assert not Path("executed").exists()
 
 # The disk fills up. Once it is noticed beforehand, once only by the write itself.

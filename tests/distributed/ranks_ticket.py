@@ -4,8 +4,7 @@ import itertools
 
 import deepspeed
 import torch
-from tiny import SHAPES
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import SHAPES, random_model
 
 from ksl_ds import train_only_rows
 from ksl_ds.model.ticket_rows import TicketRows
@@ -20,17 +19,7 @@ TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them
 
 
 def build(architecture: str, tied: bool, dtype: torch.dtype, stage: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture,
-        **SHAPES[architecture],
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = random_model(architecture, VOCABULARY, tied=tied).to(dtype)
     if stage == 3:
         config_dict = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         deepspeed.zero.Init(module=model, config_dict_or_path=config_dict, dtype=dtype)

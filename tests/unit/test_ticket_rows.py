@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import TrainableTokensConfig, get_peft_model
-from tiny import SHAPES
+from tiny import SHAPES, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ksl_ds.model.ticket_rows import TicketRows
 
@@ -16,18 +15,7 @@ TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them
 
 
 def build(architecture: str = "llama", *, tied: bool = True, **settings):
-    torch.manual_seed(0)
-    shape = {**SHAPES.get(architecture, SHAPES["llama"]), **settings}
-    config = AutoConfig.for_model(
-        architecture,
-        **shape,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
-    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()  # no dropout
+    return random_model(architecture, VOCABULARY, tied=tied, **settings).requires_grad_(False).eval()  # no dropout
 
 
 def batch() -> torch.Tensor:
