@@ -7,12 +7,14 @@ Counting is a few passes where sorting is a dozen, so on AMD's Zen 4, say, it ta
 merged samples alone; Intel's AVX-512 sorts faster. `ks._sorting_is_faster` tries both.
 
 What it costs: where a row's samples hardly differ or outliers squeeze the rest into few buckets, much stays in doubt, and
-the row is left to the sort of kernel.py. The result is exact all the same: rounding of a bucket's number is monotone.
+the row is left to sorting.py. The result is exact all the same: rounding of a bucket's number is monotone.
 
 Legend: S the two samples, R rows, D values of a sample, B buckets of a row, M values in doubt.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +25,10 @@ MOST_IN_DOUBT = 0.125  # share of a row's values; beyond it sorting the whole ro
 Floats = NDArray[np.float32]
 
 
-def bucket_counts(
-    values_SRD: Floats,  # finite
-    scratch_SRD: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """k of each row, and which rows are left to a sort (their k is too low): int64 and bool (R,).
-
-    `scratch_SRD` is overwritten; memory that is used again, since fresh pages cost as much as the counting.
-    """
+def bucket_counts(before_RD: NDArray[Any], after_RD: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """k of each row of finite floats, and which rows are left to a sort (their k is too low): int32 and bool (R,)."""
+    values_SRD = np.stack([before_RD, after_RD], dtype=np.float32)
+    places_SRD = np.empty(values_SRD.shape, np.int64)
     _, num_rows, width = values_SRD.shape
     buckets = width
     low_R = values_SRD.min(axis=2).min(axis=0)
@@ -39,7 +37,7 @@ def bucket_counts(
     left_R = ~((range_R >= SMALLEST_RANGE) & (range_R <= LARGEST_RANGE))
     range_R[left_R] = np.inf
     low_R1, scale_R1 = np.where(left_R, 0, low_R)[:, None], (np.float32(buckets - 1) / range_R)[:, None]
-    for values_RD, places_RD in zip(values_SRD, scratch_SRD, strict=True):
+    for values_RD, places_RD in zip(values_SRD, places_SRD, strict=True):
         # Between 0 and buckets - 1, as the quotient of a row's range with itself is 1 but for two roundings.
         scaled_RD = values_RD - low_R1
         scaled_RD *= scale_R1
@@ -47,21 +45,21 @@ def bucket_counts(
         places_RD += np.arange(0, num_rows * buckets, buckets)[:, None]
     before_RB, after_RB = (
         np.bincount(places_RD.ravel(), minlength=num_rows * buckets).reshape(num_rows, buckets)
-        for places_RD in scratch_SRD
+        for places_RD in places_SRD
     )
     sum_RB = np.cumsum(before_RB - after_RB, axis=1)  # up to the end of each bucket
     counts_R = np.maximum(sum_RB.max(axis=1), -sum_RB.min(axis=1))
     in_doubt_RB = np.maximum(sum_RB + after_RB, before_RB - sum_RB) > counts_R[:, None]
     in_doubt_RB[left_R] = False
 
-    picked_M = np.flatnonzero(in_doubt_RB.ravel().take(scratch_SRD.ravel()))
+    picked_M = np.flatnonzero(in_doubt_RB.ravel().take(places_SRD.ravel()))
     row_M = picked_M // width % num_rows
     left_R |= np.bincount(row_M, minlength=num_rows) > MOST_IN_DOUBT * 2 * width
     picked_M = picked_M[~left_R[row_M]]
     if len(picked_M):
-        keys_M = _keys(values_SRD.ravel()[picked_M], scratch_SRD.ravel()[picked_M], picked_M >= num_rows * width)
+        keys_M = _keys(values_SRD.ravel()[picked_M], places_SRD.ravel()[picked_M], picked_M >= num_rows * width)
         _raise_counts(counts_R, keys_M, before_RB.ravel(), after_RB.ravel(), sum_RB.ravel())
-    return counts_R, left_R
+    return counts_R.astype(np.int32), left_R
 
 
 def _keys(values_M: Floats, places_M: NDArray[np.int64], from_after_M: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -4,8 +4,8 @@
 integer k of each row and skips rows that did not change. Both work in blocks where the tensors lie and never copy them
 as a whole; every decision is made on integers, so it is the same on every device and in any partition into blocks.
 
-CPUs sort (kernel.py) or count into buckets (buckets.py), whichever is faster there, in chunks that a core's cache holds, with
-`torch.get_num_threads()` threads; GPUs sort, in blocks as large as the work space allows.
+CPUs sort (sorting.py) or count into buckets (buckets.py), whichever is faster there, in chunks that a core's cache holds, with
+`torch.get_num_threads()` threads; GPUs sort (kernel.py), in blocks as large as the work space allows.
 
 Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M sizes of samples that differ in size.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from ksl_ds.lottery.buckets import bucket_counts
 from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
 from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
+from ksl_ds.lottery.sorting import reach_two, sorted_counts
 
 __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalue_table", "row_counts"]
 
@@ -201,18 +202,11 @@ def _counts_on_cpu(before_VD: Tensor, after_VD: Tensor, rows: slice, chunk: int,
 
     # Read again, chunk after chunk: counted during the scan, each chunk would find its work space out of the cache.
     counts_R = np.zeros(rows.stop - rows.start, np.int32)
-    shape = (2, min(chunk, len(numbers_R)), before_VD.shape[-1])
-    values_SRD = np.empty(shape, np.float64 if torch.float64 in dtypes else np.float32)
-    scratch_SRD = np.empty(shape, np.int64)
-    # Rows of 16-bit floats are full of ties, for which the sort has to walk through the row.
-    sort = values_SRD.dtype == np.float64 or (torch.float32 in dtypes and _sorting_is_faster())
     for start in range(0, len(numbers_R), chunk):
         taken_R = numbers_R[start : start + chunk]
-        chunk_SRD = values_SRD[:, : len(taken_R)]
-        for values_RD, array_VD, dtype in zip(chunk_SRD, arrays_VD, dtypes, strict=True):
-            values_RD[:] = _floats(_take(array_VD, taken_R), dtype)
-        _check_finite(torch.from_numpy(np.isfinite(chunk_SRD).all(axis=2)), first_row + taken_R)
-        counts_R[taken_R - rows.start] = _changed_counts(chunk_SRD, scratch_SRD[:, : len(taken_R)], sort)
+        before_RD, after_RD = (_take(array_VD, taken_R) for array_VD in arrays_VD)
+        before_RD, after_RD, dtype = _common_bits(before_RD, after_RD, dtypes)
+        counts_R[taken_R - rows.start] = _changed_counts(before_RD, after_RD, dtype, first_row + taken_R)
     return torch.from_numpy(counts_R)
 
 
@@ -229,10 +223,22 @@ def _take(array_VD: NDArray[Any], rows: slice | NDArray[np.int64]) -> NDArray[An
     return array_VD[np.unravel_index(np.r_[rows], array_VD.shape[:-1])]
 
 
-def _floats(array: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+def _floats(bits: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
     if dtype == torch.bfloat16:  # the upper half of a float32
-        return (array.astype(np.int32) << 16).view(np.float32)
-    return array.view(np.float16) if dtype == torch.float16 else array
+        return (bits.astype(np.int32) << 16).view(np.float32)
+    return bits.view(f"f{bits.itemsize}")
+
+
+def _common_bits(
+    before_RD: NDArray[Any], after_RD: NDArray[Any], dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[NDArray[Any], NDArray[Any], torch.dtype]:
+    """Both samples' bits as integers of one dtype, converted where theirs differ, and what they are the bits of."""
+    common = torch.promote_types(*dtypes)
+    if dtypes[0] != dtypes[1]:
+        kind = f"f{common.itemsize}"
+        before_RD, after_RD = _floats(before_RD, dtypes[0]).astype(kind), _floats(after_RD, dtypes[1]).astype(kind)
+    integer = f"i{common.itemsize}"
+    return before_RD.view(integer), after_RD.view(integer), common
 
 
 def _changed_or_infinite(
@@ -259,29 +265,35 @@ def _words(array_RD: NDArray[Any]) -> NDArray[Any]:
     return array_RD.view(f"i{array_RD.itemsize}" if row_bytes % 8 else np.int64)
 
 
-def _changed_counts(values_SRD: NDArray[Any], scratch_SRD: NDArray[np.int64], sort: bool) -> NDArray[Any]:
-    if sort:
-        return _sorted_counts(values_SRD)
-    counts_R, left_R = bucket_counts(values_SRD, scratch_SRD)
+def _changed_counts(
+    before_RD: NDArray[Any], after_RD: NDArray[Any], dtype: torch.dtype, numbers_R: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """k of each row from the bits of both samples, values of `dtype`."""
+    large_R = reach_two(before_RD) | reach_two(after_RD)
+    if large_R.any():  # only those can hold NaN or infinity
+        finite_SR = [np.isfinite(_floats(bits_RD, dtype)).all(axis=1) for bits_RD in (before_RD, after_RD)]
+        _check_finite(torch.from_numpy(np.stack(finite_SR)), numbers_R)
+    if _sorting_is_faster(dtype):
+        return sorted_counts(before_RD, after_RD, large_R)
+    counts_R, left_R = bucket_counts(_floats(before_RD, dtype), _floats(after_RD, dtype))
     if left_R.any():
-        counts_R[left_R] = _sorted_counts(values_SRD[:, left_R])
+        counts_R[left_R] = sorted_counts(before_RD[left_R], after_RD[left_R], large_R[left_R])
     return counts_R
 
 
-def _sorted_counts(values_SRD: NDArray[Any]) -> NDArray[Any]:
-    before_RD, after_RD = torch.from_numpy(values_SRD)
-    return block_counts(ordered(before_RD), ordered(after_RD)).numpy()
-
-
 @cache
-def _sorting_is_faster() -> bool:
-    """Whether numpy here sorts rows in less time than it counts them into buckets; tried once, on random ones.
+def _sorting_is_faster(dtype: torch.dtype) -> bool:
+    """Whether numpy here sorts rows of `dtype` in less time than it counts them into buckets; tried once, on random ones.
 
-    The counts are the same either way. With Intel's AVX-512 sorting takes 0.7 of the time; on AMD's
+    The counts are the same either way. With Intel's AVX-512 sorting takes half of the time; on AMD's
     Zen 4 np.sort alone takes 1.2 to 1.5 times as long as counting.
     """
-    values_SRD = np.random.default_rng(0).normal(scale=0.02, size=(2, 4, 4096)).astype(np.float32)
-    scratch_SRD = np.empty(values_SRD.shape, np.int64)
+    if dtype == torch.float64:  # buckets hold 32-bit floats
+        return True
+    values = 0.02 * torch.randn(2, 4, 4096, generator=torch.Generator().manual_seed(0))
+    before_RD, after_RD = (_array(values_RD) for values_RD in values.to(dtype))
+    before_RD, after_RD, _ = _common_bits(before_RD, after_RD, (dtype, dtype))
+    floats, no_R = (_floats(before_RD, dtype), _floats(after_RD, dtype)), np.zeros(4, np.bool_)
 
     def fastest(count: Callable[[], object]) -> float:
         times = []
@@ -291,7 +303,7 @@ def _sorting_is_faster() -> bool:
             times.append(time.thread_time() - start)
         return min(times)
 
-    return fastest(lambda: _sorted_counts(values_SRD)) < fastest(lambda: bucket_counts(values_SRD, scratch_SRD))
+    return fastest(lambda: sorted_counts(before_RD, after_RD, no_R)) < fastest(lambda: bucket_counts(*floats))
 
 
 def _counts_on_gpu(before_VD: Tensor, after_VD: Tensor, rows: slice, first_row: int) -> Tensor:
