@@ -9,6 +9,7 @@ Legend: B pairs of a batch, L positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING
@@ -85,13 +86,18 @@ class BatchOrder:
         return self._order[position * self._batch_size : (position + 1) * self._batch_size]
 
 
-def rank_micro_batches(indices: list[int], rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-    """One rank's micro-batches of a global batch: as many as every other rank has, some perhaps empty.
+def rank_micro_batches(
+    examples: list[Example], indices: Iterable[int], rank: int, world_size: int, micro_batch_size: int
+) -> list[list[int]]:
+    """One rank's micro-batches of the global batch `indices`: as many as every other rank has, some perhaps empty.
 
-    The indices are dealt out in turn, so no rank has two more than another.
+    Examples of about the same length share a micro-batch, and the ranks work on about the same lengths at a time: little
+    padding and little waiting, and the batch's gradient is the same sum. The longest come first: what does not fit into
+    memory fails at once. They are dealt out in turn, so no rank has two more than another.
     """
-    count = math.ceil(len(indices) / (world_size * micro_batch_size))
-    mine = indices[rank::world_size]
+    longest_first = sorted(indices, key=lambda index: -len(examples[index]))
+    count = math.ceil(len(longest_first) / (world_size * micro_batch_size))
+    mine = longest_first[rank::world_size]
     return [mine[number * micro_batch_size : (number + 1) * micro_batch_size] for number in range(count)]
 
 

@@ -170,7 +170,8 @@ def train_step(engine: Any, run: Run, indices: list[int], signals: list[int]) ->
     run.model.train()
     keeps_logits = can_keep_logits(run.model)
     num_tokens = response_tokens([examples[index] for index in indices])
-    micro_batches = rank_micro_batches(indices, cluster.rank(), world_size, run.recipe.training.micro_batch_size)
+    size = run.recipe.training.micro_batch_size
+    micro_batches = rank_micro_batches(examples, indices, cluster.rank(), world_size, size)
     # The engine counts micro-batches itself; a short last batch is filled up with empty ones.
     micro_batches += [[]] * (engine.gradient_accumulation_steps() - len(micro_batches))
     sums = torch.zeros(2, dtype=torch.float64, device=cluster.device())

@@ -56,12 +56,11 @@ def can_keep_logits(model: nn.Module) -> bool:
 @torch.no_grad()
 def corpus_loss(model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int) -> float:
     """Mean negative log-likelihood of a response token over `examples`, spread over the ranks, `size` pairs at once."""
-    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index]))
     keeps_logits = can_keep_logits(module)
     total = torch.zeros((), dtype=torch.float64, device=cluster.device())
     was_training = module.training
     module.eval()
-    for indices in rank_micro_batches(by_length, cluster.rank(), cluster.world_size(), size):
+    for indices in rank_micro_batches(examples, range(len(examples)), cluster.rank(), cluster.world_size(), size):
         batch = collate_training([examples[index] for index in indices], pad_id)
         total += response_nll(model, batch, keeps_logits).double()
     module.train(was_training)

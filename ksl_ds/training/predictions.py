@@ -33,13 +33,12 @@ def predict(
     model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int, label: str
 ) -> Predictions:
     """Predictions at the response tokens of `examples`, end token included, `size` pairs of a rank at once."""
-    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index]))
     keeps_logits = can_keep_logits(module)
     was_training = module.training
     module.eval()
     found = {}
     # As many batches on every rank, some perhaps empty: the forward pass of a partitioned model is a collective.
-    batches = rank_micro_batches(by_length, cluster.rank(), cluster.world_size(), size)
+    batches = rank_micro_batches(examples, range(len(examples)), cluster.rank(), cluster.world_size(), size)
     with cluster.progress(batches, label) as bar:
         for indices in bar:
             batch = [examples[index] for index in indices]

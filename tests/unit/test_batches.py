@@ -37,13 +37,17 @@ EXAMPLES = [Example([5, 6, 7], [8, PAD]), Example([5], [9, 10, 11, PAD]), Exampl
 @given(count=st.integers(1, 200), ranks=st.integers(1, 9), size=st.integers(1, 20))
 def test_micro_batches_of_the_ranks_are_the_batch_cut_up(count, ranks, size):
     indices = list(range(100, 100 + count))
-    parts = [rank_micro_batches(indices, rank, ranks, size) for rank in range(ranks)]
+    examples = [Example([0] * (number * 7919 % 23), [1]) for number in range(100 + count)]
+    parts = [rank_micro_batches(examples, indices, rank, ranks, size) for rank in range(ranks)]
     assert sorted(index for part in parts for micro in part for index in micro) == indices
     assert len({len(part) for part in parts}) == 1, "every rank joins as many collectives"
     assert all(len(micro) <= size for part in parts for micro in part)
     shares = [sum(map(len, part)) for part in parts]
     assert max(shares) - min(shares) <= 1
     assert len(parts[0][-1]) > 0, "no micro-batch is empty on all ranks"
+    for number in range(len(parts[0]) - 1):
+        now, after = ([len(examples[index]) for part in parts for index in part[at]] for at in (number, number + 1))
+        assert min(now) >= max(after, default=0), "all ranks are at the same lengths at the same time"
 
 
 @given(examples=SIZE, size=SIZE, seed=st.integers(0, 2**31), epochs=st.integers(1, 4))
