@@ -1,0 +1,315 @@
+"""Training throughput: our loop beside Hugging Face's Trainer, same DeepSpeed config, model, text, batches and seed.
+
+    python tests/benchmarks/bench_train.py                       # a random Llama, made-up sentences
+    python tests/benchmarks/bench_train.py --model models/smollm2-135m-instruct --train data/plone-en-fr/train.jsonl
+
+Full tuning, since both train that in the same way. Sides take turns, each in a job of its own under the deepspeed launcher:
+
+    ours            the loop of `ksl-ds tune`: micro-batches of like lengths, logits from the first response on
+    ours, as drawn  the same with micro-batches in the order of the draw
+    Trainer         the same examples in every batch, micro-batches as accelerate deals them out
+    Trainer, groups train_sampling_strategy=group_by_length, batches of its own
+
+A token is one of prompt or response, never padding. A job's throughput is that of the steps after the first two; figures
+are medians of the jobs, ratios are of the same round. The losses of the first three sides must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+SIDES = ("ours", "ours, as drawn", "Trainer", "Trainer, groups")
+WARM_UP = 2  # steps
+SEED = 0
+Steps = tuple[list[float], list[int], list[float]]  # when each step ended, its tokens, its loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model folder; default: a random Llama of 24 million parameters")
+    parser.add_argument("--train", help="JSON lines with source and target; default: made-up sentences")
+    parser.add_argument("--max-words", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--deepspeed", default="zero3.json")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # on a rank
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options, _ = parser.parse_known_args()
+    if options.side:
+        on_a_rank(options)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            take_turns(options, Path(folder))
+
+
+def take_turns(options: argparse.Namespace, folder: Path) -> None:
+    if options.model is None:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from tiny import make_model_folder
+
+        sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
+        options.model = str(make_model_folder(folder / "model", vocab_size=16_384, num_hidden_layers=6, **sizes))
+    options.train = options.train or str(made_up_text(folder / "train.jsonl"))
+    padding(options)
+    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    losses: dict[str, list[float]] = {}
+    for number in range(options.rounds):
+        for side in SIDES:
+            result = start_job(options, side, folder / f"{side}-{number}")
+            rates[side].append(result["tokens_per_second"])
+            losses[side] = result["losses"]
+            print(f"round {number + 1}, {side}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+    print("\n| side | tokens/s | of Trainer's | loss of the last step |")
+    print("|---|---|---|---|")
+    for side in SIDES:
+        ratio = median(rate / other for rate, other in zip(rates[side], rates["Trainer"], strict=True))
+        print(f"| {side} | {median(rates[side]):.0f} | {ratio:.2f} | {losses[side][-1]:.6f} |")
+    compared = np.array([losses[side] for side in SIDES[:3]])
+    print(f"\nlargest relative difference of a step's loss, first three sides: {np.ptp(compared, axis=0).max():.1e}")
+
+
+def made_up_text(path: Path) -> Path:
+    """2,000 pairs whose lengths spread as those of user interfaces and documentation do."""
+    generator = np.random.default_rng(SEED)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+
+    def sentence() -> str:
+        return " ".join(generator.choice(letters, size=1 + int(generator.lognormal(2.2, 0.8))))
+
+    lines = [json.dumps({"source": sentence(), "target": sentence()}) for _ in range(2000)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def recipe_text(options: argparse.Namespace, run_dir: Path) -> str:
+    return json.dumps(  # YAML too
+        {
+            "run_dir": str(run_dir),
+            "seed": SEED,
+            "deepspeed": options.deepspeed,
+            "method": "full",
+            "model": {"path": options.model},
+            "text": {
+                "train": options.train,
+                "test": options.train,
+                "source_language": "English",
+                "target_language": "French",
+                "prompt": "plain",
+                "max_words": options.max_words,
+                "max_test_pairs": 2,
+            },
+            "training": {
+                "batch_size": options.batch_size,
+                "micro_batch_size": options.micro_batch_size,
+                "precision": options.precision,
+                "clip": 1.0,
+                "log_every": 1,
+            },
+            "full_tuning": {
+                "learning_rate": 1e-4,
+                "max_steps": options.steps,
+                "schedule": "constant",
+                "warmup": 0.0,
+                "weight_decay": 0.0,
+            },
+            "evaluation": {"max_new_tokens": 1},
+            "tracking": {"wandb": "off"},
+        }
+    )
+
+
+def encoded(recipe: Any) -> list[Any]:
+    """The recipe's training examples."""
+    from transformers import AutoTokenizer
+
+    from ksl_ds.text.batches import encode_corpus
+    from ksl_ds.text.corpus import load_corpus
+    from ksl_ds.text.prompt import Prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
+    return encode_corpus(load_corpus(recipe.text, "train", recipe.text_seed), prompt, recipe.text.max_length)[0]
+
+
+def as_drawn(
+    examples: list[Any], indices: list[int], rank: int, world_size: int, micro_batch_size: int
+) -> list[list[int]]:
+    """`rank_micro_batches` without its order by length."""
+    mine = list(indices)[rank::world_size]
+    return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+
+
+def padding(options: argparse.Namespace) -> None:
+    """Prints what the two orders pad, and how much of the text is a prompt's beginning that all examples share."""
+    from ksl_ds.text.batches import BatchOrder, rank_micro_batches
+
+    with tempfile.TemporaryDirectory() as folder:
+        examples = encoded(load(options, Path(folder)))
+    order = BatchOrder(len(examples), options.batch_size, SEED)
+    batches = [order.batch(step) for step in range(order.steps_per_epoch)]
+    tokens = sum(map(len, examples))
+    for name, cut in (("as drawn", as_drawn), ("by length", rank_micro_batches)):
+        micro_batches = [
+            [len(examples[index]) for index in micro]
+            for batch in batches
+            for rank in range(options.ranks)
+            for micro in cut(examples, batch, rank, options.ranks, options.micro_batch_size)
+        ]
+        computed = sum(len(lengths) * max(lengths) for lengths in micro_batches if lengths)
+        print(f"positions computed for each token of an epoch, micro-batches {name}: {computed / tokens:.2f}")
+    columns = zip(*(example.prompt_ids for example in examples), strict=False)
+    shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), 0)
+    print(
+        f"tokens at the beginning that all prompts share: {shared}, {shared * len(examples) / tokens:.0%} of the text"
+    )
+
+
+def load(options: argparse.Namespace, folder: Path) -> Any:
+    from ksl_ds.recipe import Recipe, load_recipe
+
+    path = folder / "recipe.yaml"
+    path.write_text(recipe_text(options, folder / "run"))
+    return load_recipe(Recipe, str(path), [])
+
+
+def start_job(options: argparse.Namespace, side: str, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    passed = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if value is not None]
+    command = ["deepspeed", "--num_accelerators", str(options.ranks), "--master_port", str(port), __file__, *passed]
+    ended = subprocess.run(
+        [*command, f"--side={side}", f"--out={folder}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+    )
+    if ended.returncode:
+        sys.exit(f"{side} failed:\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
+    return json.loads((folder / "result.json").read_text())
+
+
+def on_a_rank(options: argparse.Namespace) -> None:
+    from ksl_ds.text.batches import rank_micro_batches
+
+    run: Callable[[], Steps]
+    if options.side.startswith("ours"):
+        cut = as_drawn if options.side.endswith("as drawn") else rank_micro_batches
+        run = partial(ours, options, cut)
+    else:
+        run = partial(trainer, options, options.side.endswith("groups"))
+    ends, tokens, losses = run()
+    if os.environ["RANK"] == "0":
+        rate = sum(tokens[WARM_UP:]) / (ends[-1] - ends[WARM_UP - 1])
+        (options.out / "result.json").write_text(json.dumps({"tokens_per_second": rate, "losses": losses}))
+
+
+def ours(options: argparse.Namespace, cut: Callable[..., Any]) -> Steps:
+    from ksl_ds import cli
+    from ksl_ds.text.batches import BatchOrder
+    from ksl_ds.training import loop
+
+    loop.rank_micro_batches = cut  # type: ignore[assignment]
+    recipe = options.out / f"recipe{os.environ['RANK']}.yaml"
+    recipe.write_text(recipe_text(options, options.out / "run"))
+    if cli.main(["tune", str(recipe)]):
+        sys.exit(1)
+    lines = [json.loads(line) for line in (options.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "learning_rate" in line]
+    examples = encoded(load(options, options.out))
+    order = BatchOrder(len(examples), options.batch_size, SEED)
+    tokens = [sum(len(examples[index]) for index in order.batch(step)) for step in range(options.steps)]
+    return [line["time"] for line in steps], tokens, [line["loss"] for line in steps]
+
+
+def trainer(options: argparse.Namespace, grouped: bool) -> Steps:
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from ksl_ds.sharding.engine import read_config
+    from ksl_ds.text.batches import BatchOrder, collate_training
+
+    recipe = load(options, options.out)
+    examples = encoded(recipe)
+    order = BatchOrder(len(examples), options.batch_size, SEED)
+    indices = [index for step in range(options.steps) for index in order.batch(step)]
+    ends: list[float] = []
+    seen: list[int] = [0]  # tokens of this rank up to the end of each step
+
+    class CountingTrainer(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **others: Any) -> Any:
+            seen[-1] += int(inputs["attention_mask"].sum())
+            return super().compute_loss(model, inputs, *arguments, **others)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **others: Any) -> None:
+            ends.append(time.time())
+            seen.append(seen[-1])
+
+    config = read_config(options.deepspeed)
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        config[name] = "auto"
+    config |= {"bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
+    arguments = TrainingArguments(
+        output_dir=str(options.out / "trainer"),
+        per_device_train_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=options.batch_size // (options.micro_batch_size * options.ranks),
+        max_steps=options.steps,
+        learning_rate=recipe.full_tuning.learning_rate,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        adam_beta1=recipe.full_tuning.betas[0],
+        adam_beta2=recipe.full_tuning.betas[1],
+        adam_epsilon=recipe.full_tuning.epsilon,
+        max_grad_norm=1.0,
+        seed=SEED,
+        bf16=options.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length" if grouped else "sequential",
+        remove_unused_columns=False,
+        deepspeed=config,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    # group_by_length reads the lengths of input_ids.
+    text = [{"example": examples[index], "input_ids": [0] * len(examples[index])} for index in indices]
+    pad_id = 0 if model.config.pad_token_id is None else model.config.pad_token_id
+    job = CountingTrainer(
+        model,
+        arguments,
+        train_dataset=text,  # type: ignore[arg-type]
+        data_collator=lambda rows: collate_training([row["example"] for row in rows], pad_id),
+        callbacks=[Clock()],
+    )
+    job.train()
+    tokens = torch.tensor([0, *seen[:-1]], device=arguments.device).diff()
+    dist.all_reduce(tokens)
+    return ends, tokens.tolist(), [line["loss"] for line in job.state.log_history if "loss" in line]
+
+
+if __name__ == "__main__":
+    main()
