@@ -1,7 +1,7 @@
 """Is everything that a run needs in place on every host: a list to read before an expensive job.
 
-Nothing is trained, no weight is loaded and nothing is written. Every finding is gathered, so a line speaks for all ranks and
-names the hosts where something is missing. What cannot be seen from here is whether the hosts stay up.
+Nothing is trained, no weight is loaded, and nothing is left behind. Every finding is gathered, so a line speaks for all ranks
+and names the hosts where something is missing. What cannot be seen from here is whether the hosts stay up.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,7 @@ from ksl_ds.training.run import corpus_sha256, results_before
 # By the recipe's `method`; a lottery needs most in embed tuning, prefix tuning less than LoRA.
 ESTIMATED = {"embed": "embed", "full": "full", "lora": "lora", "prefix": "lora"}
 COMPARED = (".safetensors", ".json", ".model")  # files of a model folder, by their sizes
+SECONDS_TO_SEE = 10  # for a new file to come through a network's file system
 SPARE = 0.9  # of a device's memory; beyond it the allocator's fragments may decide
 
 
@@ -97,6 +100,7 @@ def run(recipe: Recipe) -> None:
     folder = model_check(checks, recipe)
     longest = text_check(checks, recipe, folder) if folder is not None else None
     memory = smallest_device(checks)
+    shared_check(checks, recipe)
     if cluster.is_main():
         scores_and_wandb(checks, recipe)
         if folder is not None:
@@ -264,10 +268,44 @@ def _device_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def shared_check(checks: Checklist, recipe: Recipe) -> None:
+    """What rank 0 writes where the run folder will be, every other host sees: all ranks write checkpoints there."""
+    there: Path = cluster.from_main(_nearest(recipe))
+    name = cluster.on_main(lambda: _probe_file(there))
+    if name is None:
+        return  # not writable, which `disk_check` says
+
+    def seen() -> tuple[str, Any]:
+        for _ in range(SECONDS_TO_SEE):
+            # A listing asks the server anew, where a single name's absence may be cached.
+            if there.is_dir() and name in os.listdir(there):
+                return f"{there} is the same on all hosts", None
+            time.sleep(1)
+        raise UserError(
+            f"what rank 0 writes to {there} is not to be seen; run_dir must be on a file system that all share"
+        )
+
+    checks.on_all("run_dir", seen)
+    cluster.on_main(lambda: (there / name).unlink())
+
+
+def _nearest(recipe: Recipe) -> Path:
+    """The run folder, or what there is of the way to it."""
+    run_dir = Path(recipe.run_dir).absolute()
+    return next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
+
+
+def _probe_file(folder: Path) -> str | None:
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".ksl_ds-check-", dir=folder, delete=False) as file:
+            return Path(file.name).name
+    except OSError:
+        return None
+
+
 def disk_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> None:
     """Rank 0 can write what the run leaves: a model, of which unchanged files are linked where the disk allows."""
-    run_dir = Path(recipe.run_dir).absolute()
-    there = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
+    run_dir, there = Path(recipe.run_dir), _nearest(recipe)
     free, needed = shutil.disk_usage(there).free, sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     if not os.access(there, os.W_OK):
         checks.add("failed", "disk", f"{there} cannot be written")

@@ -72,13 +72,15 @@ class Hosts:
         """Pulls the cable: packets are lost, nobody is told."""
         ip("-n", self.names[1], "link", "set", self.names[1], "down")
 
-    def start(self, job: Path, slots: int, *words: str) -> list[subprocess.Popen]:
-        """The launcher on both hosts, each with the same command."""
+    def start(self, job: Path, slots: int, *words: str, own: Path | None = None) -> list[subprocess.Popen]:
+        """The launcher on both hosts, each with the same command; the folder `own` is another one on the second."""
         (job / "hosts").write_text("".join(f"{address} slots={slots}\n" for address in ADDRESSES))
         port = str(free_port())
+        own_folder = ["sh", "-c", f'mount -t tmpfs tmpfs {own} && exec "$@"', "sh"] if own else []
         return [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, "deepspeed", "--hostfile", "hosts", "--no_ssh", "--node_rank", str(number),
+                ["ip", "netns", "exec", name, *(own_folder if number else []),
+                 "deepspeed", "--hostfile", "hosts", "--no_ssh", "--node_rank", str(number),
                  "--master_addr", ADDRESSES[0], "--master_port", port, "--module", "ksl_ds", *words],
                 cwd=job, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": name, "TP_SOCKET_IFNAME": name},
                 stdin=subprocess.DEVNULL, stdout=(job / f"out{number}").open("w"),
@@ -124,6 +126,18 @@ def test_two_hosts_draw_the_ticket_of_one(hosts, job, ticket_of_one_host, slots)
     for name in ("token_ids", "count"):
         assert ticket[name] == ticket_of_one_host[name]
     assert [hosts.processes(name) for name in hosts.names] == [[], []]
+
+
+def test_check_finds_a_run_folder_that_is_not_shared(hosts, job):
+    (job / "runs").mkdir()
+    words = ("check", "recipe.yaml", "run_dir=runs/new", "num_ranks=2")
+    for own, status in ((None, "ok"), (job / "runs", "failed")):
+        launchers = hosts.start(job, 1, *words, own=own)
+        codes = [launcher.wait(timeout=200) for launcher in launchers]
+        (line,) = [line for line in (job / "out0").read_text().splitlines() if line[8:].startswith(" run_dir ")]
+        assert line.startswith(status) and ("must be on a file system that all share" in line) == (status == "failed")
+        assert (codes[0] == 0) == (status == "ok"), said(job)
+        assert list((job / "runs").iterdir()) == []
 
 
 def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> list[subprocess.Popen]:

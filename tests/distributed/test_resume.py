@@ -44,6 +44,15 @@ def test_damaged_checkpoints_and_a_full_disk(job, small_disk):  # noqa: F811
     succeeds(launch(2, HERE / "ranks_damage.py", cwd=small_disk, timeout=500))
 
 
+def test_fault_a_rank_is_killed_while_saving(job):  # noqa: F811
+    """Twice, once in each half of it: the checkpoint of step 2 stays, and the third start ends as if nothing had happened."""
+    steps = job / "dying/checkpoints/embed_tuning_steps"
+    for time_to_die in ("writing", "publishing"):
+        assert launch(2, HERE / "ranks_dying_saving.py", time_to_die, cwd=job).returncode != 0
+        assert sorted(path.name for path in steps.iterdir()) == [".draft-00000004", "step-00000002"]
+    succeeds(launch(2, HERE / "ranks_dying_saving.py", "never", cwd=job))
+
+
 class Job:
     """A lottery that a test watches and harms."""
 

@@ -61,6 +61,7 @@ def test_all_is_well(job, capsys):
         "scores",
         "wandb",
         "memory",
+        "run_dir",
         "disk",
     ):
         assert any(line.startswith(f"ok       {what} ") for line in shown), what
