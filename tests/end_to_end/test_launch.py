@@ -28,7 +28,8 @@ import json, os, signal, sys, time
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 if sys.argv[0].endswith("scontrol") and sys.argv[1:2] == ["show"]:
-    print("node7\\nnode8")
+    preempted = os.environ.get("PREEMPTED", "None")
+    print("node7\\nnode8" if sys.argv[2] == "hostnames" else "PreemptTime=" + preempted)
 if sys.argv[0].endswith("srun") and "SRUN_WAITS" in os.environ and "pkill" not in sys.argv:
     def told(number, frame):
         with open(os.environ["CALLS"], "a") as file:
@@ -105,25 +106,30 @@ def test_multi_node_refuses_what_would_go_wrong_later(tmp_path, cluster):
     assert calls(tmp_path, "deepspeed") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_slurm_hands_signals_to_the_ranks_and_queues_again(number, tmp_path, cluster):
-    environment = {**os.environ, **cluster, "SRUN_WAITS": "1", "PATIENCE": "1"}
+# Told of its last minutes, cancelled, preempted: what SLURM 22.05 was seen to send and to say of the job.
+@pytest.mark.parametrize(
+    ("number", "preempted", "queues"),
+    [(signal.SIGUSR1, "None", True), (signal.SIGTERM, "None", False), (signal.SIGTERM, "2026-11-24T18:12:32", True)],
+)
+def test_slurm_hands_signals_to_the_ranks_and_queues_again(number, preempted, queues, tmp_path, cluster):
+    environment = {**os.environ, **cluster, "SRUN_WAITS": "1", "PATIENCE": "1", "PREEMPTED": preempted}
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "lottery", "r.yaml"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None and "waiting" in job.stdout.readline()
         job.send_signal(number)
         job.communicate(timeout=30)
-    assert job.returncode == 0
     started, told = calls(tmp_path, "srun")  # the ranks are told first, then, as these do not end, srun
     assert "torch.distributed.run" in started and told[-5:] == ["pkill", "-USR1", "-f", "--", "-u -m ksl_ds"]
     assert calls(tmp_path, "srun got") == [[signal.SIGTERM]]
-    assert ["requeue", "123"] in calls(tmp_path, "scontrol")
+    assert (["requeue", "123"] in calls(tmp_path, "scontrol")) == queues
 
 
 def test_slurm_fails_as_the_ranks_do_and_does_not_resume_a_check(tmp_path, cluster):
     (Path(cluster["VENV"]) / "bin" / "srun").write_text("#!/bin/sh\nexit 7\n")
-    done = run("bash", LAUNCH / "slurm.sbatch", "lottery", "r.yaml", cwd=tmp_path, **cluster)
-    assert done.returncode == 7 and calls(tmp_path, "scontrol") == [["show", "hostnames", "node[7-8]"]]
+    for preempted in ("None", "2026-11-24T18:12:32"):  # with a grace time SLURM tells only what srun started
+        done = run("bash", LAUNCH / "slurm.sbatch", "lottery", "r.yaml", cwd=tmp_path, **cluster, PREEMPTED=preempted)
+        assert done.returncode == 7
+        assert (["requeue", "123"] in calls(tmp_path, "scontrol")) == (preempted != "None")
     (Path(cluster["VENV"]) / "bin" / "srun").write_text(RECORDER)
     run("bash", LAUNCH / "slurm.sbatch", "check", "r.yaml", cwd=tmp_path, **cluster)
     assert calls(tmp_path, "srun")[0][-2:] == ["check", "r.yaml"]
