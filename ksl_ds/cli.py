@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ import textwrap
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TextIO
 
 from ksl_ds import __version__
 from ksl_ds.errors import Interrupted, LostRanks, UserError
@@ -110,12 +113,37 @@ def _on_ranks(command: str, recipe: object) -> None:
     from ksl_ds.sharding import cluster
     from ksl_ds.sharding.engine import quiet_libraries
 
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     timeout = timedelta(minutes=getattr(recipe, "timeout_minutes", 30.0))
     with cluster.lost_ranks_named(timeout):
         cluster.start(timeout)
         quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
         importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
         cluster.stop()
+
+
+class _Lasting(io.FileIO):
+    """A stream whose reader may leave: what is written after that goes nowhere, and nobody is told."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or ssh connection, a terminal
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    """A training goes on without its terminal or its launcher's ssh connection; pdsh cuts that before the ranks have saved."""
+    try:
+        raw = _Lasting(stream.fileno(), "w", closefd=False)
+    except OSError:  # no file, as under a test
+        return stream
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, write_through=True)
 
 
 def _fail(message: str) -> int:
