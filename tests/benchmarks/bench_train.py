@@ -107,7 +107,10 @@ def recipe_text(options: argparse.Namespace, run_dir: Path) -> str:
             "seed": SEED,
             "deepspeed": options.deepspeed,
             "method": "full",
-            "model": {"path": options.model},
+            "model": {
+                "path": options.model,
+                "embedding_scope": "shared",
+            },  # a tied head stays tied, as the Trainer leaves it
             "text": {
                 "train": options.train,
                 "test": options.train,
