@@ -5,7 +5,7 @@
 
 Random bfloat16 weights in a model folder, a ticket of 18 rows, and `ksl-ds tune method=ticket` under the deepspeed launcher
 with zero3_70b.json and gradient checkpointing, as launch/recipes/llama3_70b.yaml trains. Two numbers of layers give what a
-layer costs; 80 layers cost what the smaller model costs and so many layers more.
+layer costs in memory, one layer alone what it costs in time; 80 layers cost that many times as much.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[2]
 LAYERS_70B = 80
 ROWS = 18
 STEPS = 3  # the first one warms up
+LAYER_TOKENS = 16  # few, as a CPU without bfloat16 arithmetic takes half a minute for 128
 
 
 def main() -> None:
@@ -50,16 +53,42 @@ def main() -> None:
             f"| {layers} | {run['weights'] / 2**30:.2f} GiB | {run['optimizer'] / 2**20:.2f} MiB "
             f"| {run['peak'] / 2**30:.2f} GiB | {run['seconds']:.2f} | {run['loss']:.4f} |"
         )
-    between = options.layers[1] - options.layers[0]
-    print(f"\na layer, and {LAYERS_70B} of them by the first line and {LAYERS_70B - options.layers[0]} layers more:")
-    for name, unit, scale in (("weights", "GiB of a rank", 2**30), ("seconds", "s of a step", 1)):
-        layer = (more[name] - few[name]) / between
-        whole = few[name] + (LAYERS_70B - options.layers[0]) * layer
-        print(
-            f"  {name}: {layer / scale:.3f} {unit}; {few[name] / scale:.2f} + {LAYERS_70B - options.layers[0]} x ",
-            end="",
-        )
-        print(f"{layer / scale:.3f} = {whole / scale:.1f}")
+    layer = (more["weights"] - few["weights"]) / (options.layers[1] - options.layers[0])
+    left = LAYERS_70B - options.layers[0]
+    print(
+        f"\nweights of a layer: {layer / 2**30:.3f} GiB on each of {options.ranks} ranks; of {LAYERS_70B} layers: ",
+        end="",
+    )
+    print(
+        f"{few['weights'] / 2**30:.2f} + {left} x {layer / 2**30:.3f} = {(few['weights'] + left * layer) / 2**30:.1f} GiB"
+    )
+    seconds = layer_seconds(LAYER_TOKENS)
+    print(f"one layer alone, {LAYER_TOKENS} tokens, forward, recomputed and backward: {seconds:.2f} s; ", end="")
+    print(f"{LAYERS_70B} layers: {LAYERS_70B * seconds:.0f} s")
+
+
+def layer_seconds(tokens: int) -> float:
+    """A frozen layer's share of a step with gradient checkpointing, here in this process: median of three."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = json.loads((ROOT / "ksl_ds/data/model_shapes.json").read_text())["llama-3-70b"]
+    config = AutoConfig.for_model(**shape, attn_implementation="sdpa")
+    with torch.device(device):
+        layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
+        states_BLD = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        position = LlamaRotaryEmbedding(config)(states_BLD, torch.arange(tokens)[None])
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        checkpoint(layer, states_BLD, position_embeddings=position, use_reentrant=False).sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
 
 
 def make_inputs(folder: Path, layers: int) -> None:
