@@ -143,7 +143,7 @@ def _lasting(stream: TextIO) -> TextIO:
         raw = _Lasting(stream.fileno(), "w", closefd=False)
     except OSError:  # no file, as under a test
         return stream
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, write_through=True)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
 def _fail(message: str) -> int:

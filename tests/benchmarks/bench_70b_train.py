@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 LAYERS_70B = 80
 ROWS = 18
 STEPS = 3  # the first one warms up
@@ -94,13 +94,11 @@ def layer_seconds(tokens: int) -> float:
 def make_inputs(folder: Path, layers: int) -> None:
     """A model folder, a ticket drawn on it and text."""
     import torch
+    from tickets import shifted
+    from tiny import make_tokenizer, write_pairs
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ksl_ds import draw_ticket
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tickets import shifted
-    from tiny import make_tokenizer, write_pairs
 
     shape = json.loads((ROOT / "ksl_ds/data/model_shapes.json").read_text())["llama-3-70b"]
     config = AutoConfig.for_model(
@@ -118,6 +116,8 @@ def make_inputs(folder: Path, layers: int) -> None:
 
 
 def train(options: argparse.Namespace, folder: Path, layers: int) -> dict[str, float]:
+    from conftest import free_port
+
     micro_batch_size = -(-options.pairs // options.ranks)
     recipe = {
         "run_dir": "run",
@@ -137,16 +137,13 @@ def train(options: argparse.Namespace, folder: Path, layers: int) -> dict[str, f
         "tracking": {"wandb": "off"},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
     ended = subprocess.run(
         [
             "deepspeed",
             "--num_accelerators",
             str(options.ranks),
             "--master_port",
-            port,
+            str(free_port()),
             "--module",
             "ksl_ds",
             "tune",

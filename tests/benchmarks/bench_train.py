@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 SIDES = ("ours", "ours, as drawn", "Trainer", "Trainer, groups")
 WARM_UP = 2  # steps
 SEED = 0
@@ -63,13 +63,13 @@ def main() -> None:
 
 def take_turns(options: argparse.Namespace, folder: Path) -> None:
     if options.model is None:
-        sys.path.insert(0, str(ROOT / "tests"))
         from tiny import make_model_folder
 
         sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
         options.model = str(make_model_folder(folder / "model", vocab_size=16_384, num_hidden_layers=6, **sizes))
     options.train = options.train or str(made_up_text(folder / "train.jsonl"))
-    padding(options)
+    write_recipe(options, folder)
+    padding(load(folder), options)
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     losses: dict[str, list[float]] = {}
     for number in range(options.rounds):
@@ -100,10 +100,10 @@ def made_up_text(path: Path) -> Path:
     return path
 
 
-def recipe_text(options: argparse.Namespace, run_dir: Path) -> str:
-    return json.dumps(  # YAML too
+def write_recipe(options: argparse.Namespace, folder: Path) -> None:
+    text = json.dumps(  # YAML too
         {
-            "run_dir": str(run_dir),
+            "run_dir": str(folder / "run"),
             "seed": SEED,
             "deepspeed": options.deepspeed,
             "method": "full",
@@ -138,6 +138,7 @@ def recipe_text(options: argparse.Namespace, run_dir: Path) -> str:
             "tracking": {"wandb": "off"},
         }
     )
+    (folder / "recipe.yaml").write_text(text)
 
 
 def encoded(recipe: Any) -> list[Any]:
@@ -161,12 +162,11 @@ def as_drawn(
     return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
 
 
-def padding(options: argparse.Namespace) -> None:
+def padding(recipe: Any, options: argparse.Namespace) -> None:
     """Prints what the two orders pad, and how much of the text is a prompt's beginning that all examples share."""
     from ksl_ds.text.batches import BatchOrder, rank_micro_batches
 
-    with tempfile.TemporaryDirectory() as folder:
-        examples = encoded(load(options, Path(folder)))
+    examples = encoded(recipe)
     order = BatchOrder(len(examples), options.batch_size, SEED)
     batches = [order.batch(step) for step in range(order.steps_per_epoch)]
     tokens = sum(map(len, examples))
@@ -186,21 +186,27 @@ def padding(options: argparse.Namespace) -> None:
     )
 
 
-def load(options: argparse.Namespace, folder: Path) -> Any:
+def load(folder: Path) -> Any:
     from ksl_ds.recipe import Recipe, load_recipe
 
-    path = folder / "recipe.yaml"
-    path.write_text(recipe_text(options, folder / "run"))
-    return load_recipe(Recipe, str(path), [])
+    return load_recipe(Recipe, str(folder / "recipe.yaml"), [])
 
 
 def start_job(options: argparse.Namespace, side: str, folder: Path) -> dict[str, Any]:
+    from conftest import free_port
+
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    write_recipe(options, folder)
     passed = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if value is not None]
-    command = ["deepspeed", "--num_accelerators", str(options.ranks), "--master_port", str(port), __file__, *passed]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        str(options.ranks),
+        "--master_port",
+        str(free_port()),
+        __file__,
+        *passed,
+    ]
     ended = subprocess.run(
         [*command, f"--side={side}", f"--out={folder}"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
@@ -233,13 +239,11 @@ def ours(options: argparse.Namespace, cut: Callable[..., Any]) -> Steps:
     from ksl_ds.training import loop
 
     loop.rank_micro_batches = cut  # type: ignore[assignment]
-    recipe = options.out / f"recipe{os.environ['RANK']}.yaml"
-    recipe.write_text(recipe_text(options, options.out / "run"))
-    if cli.main(["tune", str(recipe)]):
+    if cli.main(["tune", str(options.out / "recipe.yaml")]):
         sys.exit(1)
     lines = [json.loads(line) for line in (options.out / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "learning_rate" in line]
-    examples = encoded(load(options, options.out))
+    examples = encoded(load(options.out))
     order = BatchOrder(len(examples), options.batch_size, SEED)
     tokens = [sum(len(examples[index]) for index in order.batch(step)) for step in range(options.steps)]
     return [line["time"] for line in steps], tokens, [line["loss"] for line in steps]
@@ -253,7 +257,7 @@ def trainer(options: argparse.Namespace, grouped: bool) -> Steps:
     from ksl_ds.sharding.engine import read_config
     from ksl_ds.text.batches import BatchOrder, collate_training
 
-    recipe = load(options, options.out)
+    recipe = load(options.out)
     examples = encoded(recipe)
     order = BatchOrder(len(examples), options.batch_size, SEED)
     indices = [index for step in range(options.steps) for index in order.batch(step)]

@@ -118,6 +118,7 @@ def test_slurm_hands_signals_to_the_ranks_and_queues_again(number, preempted, qu
         assert job.stdout is not None and "waiting" in job.stdout.readline()
         job.send_signal(number)
         job.communicate(timeout=30)
+    assert (job.returncode == 0) == queues
     started, told = calls(tmp_path, "srun")  # the ranks are told first, then, as these do not end, srun
     assert "torch.distributed.run" in started and told[-5:] == ["pkill", "-USR1", "-f", "--", "-u -m ksl_ds"]
     assert calls(tmp_path, "srun got") == [[signal.SIGTERM]]
@@ -128,8 +129,11 @@ def test_slurm_fails_as_the_ranks_do_and_does_not_resume_a_check(tmp_path, clust
     (Path(cluster["VENV"]) / "bin" / "srun").write_text("#!/bin/sh\nexit 7\n")
     for preempted in ("None", "2026-11-24T18:12:32"):  # with a grace time SLURM tells only what srun started
         done = run("bash", LAUNCH / "slurm.sbatch", "lottery", "r.yaml", cwd=tmp_path, **cluster, PREEMPTED=preempted)
-        assert done.returncode == 7
-        assert (["requeue", "123"] in calls(tmp_path, "scontrol")) == (preempted != "None")
+        told = [["show", "hostnames", "node[7-8]"], ["show", "job", "123"]]
+        if preempted == "None":
+            assert done.returncode == 7 and calls(tmp_path, "scontrol") == told
+        else:
+            assert done.returncode == 0 and calls(tmp_path, "scontrol") == [*told, *told, ["requeue", "123"]]
     (Path(cluster["VENV"]) / "bin" / "srun").write_text(RECORDER)
     run("bash", LAUNCH / "slurm.sbatch", "check", "r.yaml", cwd=tmp_path, **cluster)
     assert calls(tmp_path, "srun")[0][-2:] == ["check", "r.yaml"]
