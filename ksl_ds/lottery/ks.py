@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ksl_ds.lottery.buckets import bucket_counts
 from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
-from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
+from ksl_ds.lottery.pvalues import Method, critical_count, pvalues
 from ksl_ds.lottery.sorting import reach_two, sorted_counts
 
-__all__ = ["KSResult", "critical_count", "ks_2samp", "pvalue_table", "row_counts"]
+__all__ = ["KSResult", "critical_count", "ks_2samp", "pvalues", "row_counts"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
@@ -120,7 +120,7 @@ def ks_2samp(before: Tensor, after: Tensor, *, method: Method = "exact") -> KSRe
     before_RN, after_RM = _matrix(before), _matrix(after)
     if size_before == size_after:
         count_R = row_counts(before_RN, after_RM).long()
-        pvalue_R = pvalue_table(size_before, method).to(count_R.device)[count_R]
+        pvalue_R = pvalues(count_R, size_before, method)
     else:
         count_R = _blocks_of_two_sizes(before_RN, after_RM)
         pvalue_R = _pvalues_of_two_sizes(before_RN, after_RM, count_R, method)

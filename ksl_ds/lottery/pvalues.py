@@ -1,11 +1,13 @@
-"""Null distribution of the two-sample KS statistic for samples of one size, as a table.
+"""Null distribution of the two-sample KS statistic for samples of one size.
 
 With n = m = d the statistic is k / d with an integer k, so there are d + 1 p-values, and a decision at level alpha is an
-integer threshold. The table is computed once a size; everything after is a lookup.
+integer threshold. Exact p-values are one table a size, computed once; asymptotic ones are scipy's, up to 0.1 s each at
+d = 100,000, so that only those of counts that occur are computed.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import lru_cache
 from typing import Literal
 
@@ -16,11 +18,13 @@ from torch import Tensor
 Method = Literal["exact", "asymp"]
 
 
-def pvalue_table(num_samples: int, method: Method = "exact") -> Tensor:
-    """p-values of the counts 0 .. num_samples.
+def pvalues(count: Tensor, num_samples: int, method: Method = "exact") -> Tensor:
+    """p-values of counts: P(D >= k / d) under the null hypothesis.
 
     Parameters
     ----------
+    count : integer tensor of any shape
+        Counts k in 0 .. num_samples.
     num_samples : int
         Size d of both samples.
     method : {'exact', 'asymp'}
@@ -30,8 +34,7 @@ def pvalue_table(num_samples: int, method: Method = "exact") -> Tensor:
 
     Returns
     -------
-    float64 tensor (num_samples + 1,)
-        Falling from 1; entry k is P(D >= k / d) under the null hypothesis.
+    float64 tensor of the shape and on the device of `count`
 
     Raises
     ------
@@ -44,15 +47,19 @@ def pvalue_table(num_samples: int, method: Method = "exact") -> Tensor:
 
     Examples
     --------
-    >>> from ksl_ds.lottery.pvalues import pvalue_table
-    >>> pvalue_table(3)
+    >>> import torch
+    >>> from ksl_ds.lottery.pvalues import pvalues
+    >>> pvalues(torch.arange(4), 3)
     tensor([1.0000, 1.0000, 0.6000, 0.1000], dtype=torch.float64)
     """
-    if method not in ("exact", "asymp"):
-        raise ValueError(f"method is {method!r}; it must be exact or asymp")
-    if num_samples < 1:
-        raise ValueError("a KS test needs at least one value in each sample")
-    return torch.from_numpy(_table(num_samples, method).copy())
+    _check(num_samples, method)
+    count_N = count.cpu().long()
+    if method == "exact":
+        pvalue_N = torch.from_numpy(_exact_table(num_samples))[count_N]
+    else:
+        occurring_C, place_N = count_N.unique(return_inverse=True)
+        pvalue_N = torch.from_numpy(_asymptotic(occurring_C.numpy(), num_samples))[place_N]
+    return pvalue_N.to(count.device)
 
 
 def critical_count(num_samples: int, alpha: float, method: Method = "exact") -> int:
@@ -65,7 +72,7 @@ def critical_count(num_samples: int, alpha: float, method: Method = "exact") -> 
     alpha : float
         Level, above 0 and below 1.
     method : {'exact', 'asymp'}
-        As in `pvalue_table`.
+        As in `pvalues`.
 
     Returns
     -------
@@ -87,19 +94,34 @@ def critical_count(num_samples: int, alpha: float, method: Method = "exact") -> 
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}; a significance level lies between 0 and 1, both excluded")
-    return int((pvalue_table(num_samples, method) >= alpha).sum())
+    _check(num_samples, method)
+    if method == "exact":
+        return int((_exact_table(num_samples) >= alpha).sum())
+    return bisect_left(
+        range(num_samples + 1), True, key=lambda count: bool(_asymptotic(np.array([count]), num_samples)[0] < alpha)
+    )
+
+
+def _check(num_samples: int, method: str) -> None:
+    if method not in ("exact", "asymp"):
+        raise ValueError(f"method is {method!r}; it must be exact or asymp")
+    if num_samples < 1:
+        raise ValueError("a KS test needs at least one value in each sample")
+
+
+def _asymptotic(counts_C: np.ndarray, num_samples: int) -> np.ndarray:
+    """scipy's asymptotic p-values of counts."""
+    from scipy.stats import kstwo
+
+    if num_samples == 1:
+        return np.ones(len(counts_C))
+    # scipy rounds n m / (n + m) = d / 2 to an integer first.
+    return np.clip(kstwo.sf(counts_C / num_samples, np.round(num_samples / 2)), 0, 1)
 
 
 @lru_cache(maxsize=64)
-def _table(num_samples: int, method: Method) -> np.ndarray:
-    if method == "asymp":
-        from scipy.stats import kstwo
-
-        if num_samples == 1:
-            return np.ones(2)
-        # scipy rounds n m / (n + m) = d / 2 to an integer first.
-        table = kstwo.sf(np.arange(num_samples + 1) / num_samples, np.round(num_samples / 2))
-        return np.clip(table, 0, 1)
+def _exact_table(num_samples: int) -> np.ndarray:
+    """The exact p-values of the counts 0 .. num_samples, falling from 1."""
     # C(2d, d - x) / C(2d, d) for x = 0 .. d. Logarithms, since the binomials overflow; extended precision, since the
     # series alternates and its first terms are close to 1.
     steps = np.arange(1, num_samples + 1, dtype=np.longdouble)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
+from ksl_ds.lottery.pvalues import Method, critical_count, pvalues
 
 
 def select_alpha(count_V: Tensor, num_samples: int, alpha: float, method: Method = "exact") -> Tensor:
@@ -29,7 +29,7 @@ def select_benjamini_hochberg(count_V: Tensor, num_samples: int, alpha: float, m
 
     Sorted ascending, p_(1) .. p_(V): all tokens up to the last i with p_(i) <= i * alpha / V.
     """
-    pvalue_V = pvalue_table(num_samples, method)[count_V.long().cpu()]
+    pvalue_V = pvalues(count_V.cpu(), num_samples, method)
     ordered_V = pvalue_V.sort().values
     passing = (ordered_V <= torch.arange(1, len(ordered_V) + 1) * (alpha / len(ordered_V))).nonzero().flatten()
     if len(passing) == 0:

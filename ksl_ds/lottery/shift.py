@@ -21,7 +21,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.files import write_bytes
 from ksl_ds.lottery import selection as select
 from ksl_ds.lottery.ks import row_counts
-from ksl_ds.lottery.pvalues import Method, critical_count, pvalue_table
+from ksl_ds.lottery.pvalues import Method, critical_count, pvalues
 
 SELECTIONS = (
     "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio",
@@ -145,7 +145,7 @@ def choose_rows(
 def explain_empty(shift: Shift, alpha: float, method: Method = "exact") -> str:
     """Why no row was drawn at `alpha`, and what to change."""
     num_samples, largest = shift.num_samples, int(shift.count_V.max())
-    pvalue = float(pvalue_table(num_samples, method)[largest])
+    pvalue = float(pvalues(torch.tensor(largest), num_samples, method))
     ratios = ", ".join(f"{ratio:.3g}" for ratio in shift.shift_ratio_V.sort(descending=True).values[:3].tolist())
     needed = critical_count(num_samples, alpha, method) / num_samples
     return (

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksl_ds.lottery.pvalues import Method, pvalue_table
+from ksl_ds.lottery.pvalues import Method, pvalues
 from ksl_ds.lottery.shift import Shift, choose_rows, dtype_name, explain_empty, measure_shift
 from ksl_ds.lottery.ticket_files import read_ticket, tensor_sha256, write_ticket
 
@@ -218,7 +218,7 @@ def make_ticket(
         tokens=list(tokens) if tokens is not None else [""] * len(ids),
         count=count_K.tolist(),
         statistic=(count_K.double() / num_samples).tolist(),
-        pvalue=torch.as_tensor(pvalue_table(num_samples, method))[count_K].tolist(),
+        pvalue=pvalues(count_K, num_samples, method).tolist(),
         shift_ratio=shift.shift_ratio_V.cpu()[ids].tolist(),
         alpha=float(alpha),
         selection=selection,

@@ -18,7 +18,7 @@ from scipy import stats
 from ksl_ds import critical_count, ks_2samp
 from ksl_ds.lottery import buckets, ks
 from ksl_ds.lottery.ks import _counts_on_gpu, row_counts
-from ksl_ds.lottery.pvalues import pvalue_table
+from ksl_ds.lottery.pvalues import pvalues
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SMALLEST = 5e-324
@@ -203,7 +203,7 @@ def exact_pvalues(num_samples):
 @pytest.mark.parametrize("sizes", [range(1, 201), [576], [4096], [8192], [16384]], ids=str)
 def test_exact_pvalues_are_those_of_integer_arithmetic(sizes):
     for num_samples in sizes:
-        table, expected = pvalue_table(num_samples).numpy(), exact_pvalues(num_samples)
+        table, expected = pvalues(torch.arange(num_samples + 1), num_samples).numpy(), exact_pvalues(num_samples)
         normal = expected > np.finfo(np.float64).tiny
         assert np.abs(table[normal] / expected[normal] - 1).max() < 1e-9
         assert np.abs(table[~normal] - expected[~normal]).max(initial=0) <= 2 * SMALLEST
@@ -212,7 +212,7 @@ def test_exact_pvalues_are_those_of_integer_arithmetic(sizes):
 
 @pytest.mark.parametrize("num_samples", [1, 5, 64, 576, 4096])
 def test_pvalues_are_scipys_where_scipy_stays_exact(num_samples):
-    table = pvalue_table(num_samples)
+    table = pvalues(torch.arange(num_samples + 1), num_samples)
     compared = 0
     for k in sorted({*range(min(num_samples, 12)), *np.geomspace(1, num_samples, 12).astype(int).tolist()}):
         before = np.arange(num_samples)
@@ -230,17 +230,44 @@ def test_pvalues_are_scipys_where_scipy_stays_exact(num_samples):
 
 
 def test_asymptotic_pvalues_of_one_value_are_one():
-    assert pvalue_table(1, "asymp").tolist() == [1, 1]  # scipy's are NaN
+    assert pvalues(torch.arange(2), 1, "asymp").tolist() == [1, 1]  # scipy's are NaN
 
 
 @pytest.mark.parametrize("num_samples", [2, 7, 64, 577, 4096])
 def test_asymptotic_pvalues_are_scipys(num_samples):
-    table = pvalue_table(num_samples, "asymp")
+    table = pvalues(torch.arange(num_samples + 1), num_samples, "asymp")
     assert len(table) == num_samples + 1 and table[0] == 1
     for k in np.unique(np.geomspace(1, num_samples, 15).astype(int)).tolist():
         before = np.arange(num_samples, dtype=float)
         reference = stats.ks_2samp(before, before + k - 0.5, method="asymp").pvalue
         assert float(table[k]) == pytest.approx(reference, rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.parametrize("num_samples", [8192, 100_000])
+def test_only_asymptotic_pvalues_that_occur_are_computed(num_samples, monkeypatch):
+    asked = []
+    sf = stats.kstwo.sf
+    monkeypatch.setattr(stats.kstwo, "sf", lambda x, n: asked.append(np.size(x)) or sf(x, n))
+    shift = 2 * int(num_samples**0.5)
+    before = torch.arange(num_samples).double().expand(5, -1)
+    after = before + torch.tensor([0.0, shift - 0.5, 0.0, shift - 0.5, num_samples]).unsqueeze(1)
+    result = ks_2samp(before, after, method="asymp")
+    assert result.count.tolist() == [0, shift, 0, shift, num_samples] and asked == [3]
+    expected = stats.ks_2samp(before[1].numpy(), after[1].numpy(), method="asymp").pvalue
+    assert result.pvalue.tolist() == pytest.approx([1, expected, 1, expected, 0], rel=1e-12, abs=1e-300)
+    asked.clear()
+    threshold = critical_count(num_samples, 0.05, "asymp")
+    assert sum(asked) <= 17
+    around = sf(np.array([threshold - 1, threshold]) / num_samples, num_samples // 2)
+    assert around[0] >= 0.05 > around[1]
+
+
+def test_asymptotic_critical_counts_are_those_of_the_whole_table():
+    for num_samples in (1, 2, 3, 20, 577):
+        table = pvalues(torch.arange(num_samples + 1), num_samples, "asymp")
+        for alpha in (1e-300, 1e-9, 0.05, 0.5, 0.999, float(table[-1]), float(table[len(table) // 2])):
+            if 0 < alpha < 1:
+                assert critical_count(num_samples, alpha, "asymp") == int((table >= alpha).sum())
 
 
 # d: (exact, asymp) at alpha = .05, .25, .5, .95; the asymptotic ones decide by scipy.stats.kstwo.sf(k / d, d / 2), which is
@@ -260,7 +287,7 @@ def test_published_critical_counts():
 
 
 def test_critical_counts_are_strict_and_monotone():
-    table = pvalue_table(64)
+    table = pvalues(torch.arange(65), 64)
     for k in range(8, 65):
         alpha = float(table[k])
         assert critical_count(64, alpha) == k + 1  # p < alpha, not p <= alpha
@@ -381,14 +408,14 @@ def test_other_shapes_and_arguments_are_refused():
         ks_2samp(rows, torch.tensor(1.0))
     with pytest.raises(ValueError, match="one device"):
         ks_2samp(rows, rows.to("meta"))
-    for call in (lambda: ks_2samp(rows, rows, method="auto"), lambda: pvalue_table(4, "auto")):
+    for call in (lambda: ks_2samp(rows, rows, method="auto"), lambda: pvalues(torch.arange(5), 4, "auto")):
         with pytest.raises(ValueError, match="'auto'; it must be exact or asymp"):
             call()
     for alpha in (0, 1, -0.1, math.nan):
         with pytest.raises(ValueError, match="significance level"):
             critical_count(4, alpha)
     with pytest.raises(ValueError, match="at least one value"):
-        pvalue_table(0)
+        pvalues(torch.arange(1), 0)
 
 
 @pytest.mark.parametrize("name", ["lottery.ks", "lottery.pvalues", "lottery.ticket", "model.rows"])

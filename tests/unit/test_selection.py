@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ksl_ds.lottery import selection
-from ksl_ds.lottery.pvalues import pvalue_table
+from ksl_ds.lottery.pvalues import pvalues
 
 NUM_SAMPLES = 64
 counts_of_tokens = st.lists(st.integers(0, NUM_SAMPLES), min_size=1, max_size=50).map(
@@ -23,7 +23,7 @@ methods = st.sampled_from(["exact", "asymp"])
 @settings(deadline=None)
 @given(counts_of_tokens, levels, methods)
 def test_alpha_and_bonferroni_are_strict_levels(count_V, alpha, method):
-    pvalue_V = pvalue_table(NUM_SAMPLES, method)[count_V.long()]
+    pvalue_V = pvalues(count_V, NUM_SAMPLES, method)
     for select, level in ((selection.select_alpha, alpha), (selection.select_bonferroni, alpha / len(count_V))):
         ids_K = select(count_V, NUM_SAMPLES, alpha, method)
         assert ids_K.dtype == torch.int64
@@ -33,7 +33,7 @@ def test_alpha_and_bonferroni_are_strict_levels(count_V, alpha, method):
 @settings(deadline=None)
 @given(counts_of_tokens, levels, methods)
 def test_benjamini_hochberg_is_scipys(count_V, alpha, method):
-    pvalue_V = pvalue_table(NUM_SAMPLES, method)[count_V.long()]
+    pvalue_V = pvalues(count_V, NUM_SAMPLES, method)
     adjusted_V = stats.false_discovery_control(pvalue_V.numpy(), method="bh")
     if (np.abs(adjusted_V - alpha) < 1e-12).any():
         return  # a tie with alpha that rounding decides
@@ -43,7 +43,7 @@ def test_benjamini_hochberg_is_scipys(count_V, alpha, method):
 
 def test_benjamini_hochberg_steps_up():
     # Thresholds are .05 * i / 4. The second p-value misses its own, .025, and is drawn because the third makes .0375.
-    table = pvalue_table(NUM_SAMPLES)
+    table = pvalues(torch.arange(NUM_SAMPLES + 1), NUM_SAMPLES)
     count = int((table > 0.0375).sum())
     assert 0.025 < table[count] <= 0.0375
     count_V = torch.tensor([count, 0, 64, count])
@@ -65,7 +65,7 @@ def test_the_rules_are_nested(count_V, alpha):
     )
     # Benjamini and Hochberg's comparison is not strict, so one p-value equal to alpha may tell it from the plain rule.
     assert bonferroni <= hochberg and plain <= wider
-    assert all(pvalue_table(NUM_SAMPLES)[count_V[i]] <= alpha for i in hochberg)
+    assert all(pvalues(torch.arange(NUM_SAMPLES + 1), NUM_SAMPLES)[count_V[i]] <= alpha for i in hochberg)
 
 
 @settings(deadline=None)
