@@ -19,7 +19,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "PYTHONPATH": str(REPOSITORY / "tests"),  # rank scripts import tiny.py
+    # The checkout that is tested, wherever the installed package points; rank scripts import tiny.py.
+    "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
 }
 
 
