@@ -274,7 +274,7 @@ class TransferCommand:
     base: str = key(MISSING, "model folder that the ticket was drawn on")
     ticket: str = key(MISSING, "ticket folder")
     out: str = key(MISSING, "model folder to create")
-    force: bool = key(False, "apply the ticket although the base model's fingerprint differs")
+    force: bool = key(False, "apply the ticket although the base model differs in these rows or was resized")
     verbose: bool = key(False, "show what libraries log")
 
 

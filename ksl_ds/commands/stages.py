@@ -278,7 +278,7 @@ def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:
         if cluster.is_main():
             try:
                 out.parent.mkdir(exist_ok=True)
-                ticket.save(out, run.folder.embedding_module, shared_head)
+                ticket.save(out, run.folder.embedding_module, shared_head, base_model=run.recipe.model.path)
             except (OSError, ValueError) as error:
                 raise UserError(f"{out} could not be written: {error}") from None
 

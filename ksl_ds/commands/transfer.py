@@ -38,7 +38,7 @@ def transfer(command: TransferCommand) -> str:
     shape = base.shape(base.embedding_name)
     try:
         ticket = Ticket.load(command.ticket)
-        ticket.check_shape(*shape)
+        ticket.check_shape(*shape, resized=command.force)
         base_KD = base.read_ids(base.embedding_name, ticket.token_ids)
         if not command.force:
             has_tokenizer = any((base.path / name).exists() for name in TOKENIZER_FILES)

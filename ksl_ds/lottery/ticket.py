@@ -28,7 +28,20 @@ from ksl_ds.lottery.ticket_files import read_ticket, tensor_sha256, write_ticket
 
 __all__ = ["SCOPES", "Shift", "Ticket", "choose_rows", "draw_ticket", "explain_empty", "make_ticket", "measure_shift"]
 SCOPES = ("input", "shared")
-_REPLACED = "_ksl_ds_replaced"  # on an embedding: (token_ids, rows before, head untied)
+_CARRIED = "_ksl_ds_carried"  # on an embedding: the `_Carried` of its tickets
+
+
+@dataclass
+class _Carried:
+    """The tickets that a model carries, and what is needed to remove them in any order."""
+
+    tickets: list[tuple[list[int], str]]  # token_ids and embedding_scope
+    earlier: dict[int, Tensor]  # a row (D,) before any ticket, by token id
+    untied: bool  # the head was untied for one of them
+
+    def ids(self, *scopes: str) -> set[int]:
+        """The ids of the rows that tickets of these scopes replace."""
+        return {number for ids, scope in self.tickets if scope in scopes for number in ids}
 
 
 @dataclass
@@ -41,7 +54,7 @@ class Ticket:
         tokenizer's raw pieces ("Ġthe", "<0x0A>"), "" where no tokenizer was given
     alpha, selection, method, num_samples, vocab_size, embedding_scope, tested_dtype : how they were drawn
     base : fingerprint of the base model: vocab_size, num_samples, dtype, and sha256 of base_rows_KD
-    source : where the rows came from (`before`, `after`, `stage`, versions); what a JSON file can hold
+    source : where the rows came from (`base`, `before`, `after`, `stage`, versions); what a JSON file can hold
     rows_KD : float32 (K, D), the tuned rows; absolute values
     base_rows_KD : (K, D) in the base model's dtype, the same rows before tuning
     count_V : int32 (V,), k of every token: another alpha needs no second test
@@ -76,7 +89,14 @@ class Ticket:
         rows_KD = rows_KD.detach().cpu().float().clone()
         return dataclasses.replace(self, rows_KD=rows_KD, source={**self.source, **source})
 
-    def save(self, folder: str | Path, module_name: str, tied_module_name: str | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        module_name: str,
+        tied_module_name: str | None = None,
+        *,
+        base_model: str | None = None,
+    ) -> None:
         """Writes the ticket as a folder that `PeftModel.from_pretrained(base, folder)` loads, whole or not at all.
 
         Parameters
@@ -84,6 +104,8 @@ class Ticket:
         folder : a new folder, or an older ticket's, which is replaced
         module_name : the input embedding's name within the base model, such as "model.embed_tokens"
         tied_module_name : the output head's name where it is tied to the embedding, such as "lm_head"
+        base_model : folder or Hub id of the base model, by which `AutoPeftModelForCausalLM.from_pretrained(folder)` finds
+            it; by default what `source` names as `base` or `before`. It is recorded as `source["base"]`
 
         Raises
         ------
@@ -94,6 +116,8 @@ class Ticket:
             raise ValueError("an empty ticket has no rows to save")
         tensors = {"rows_KD", "base_rows_KD", "count_V"}
         record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors}
+        if base_model is not None:
+            record["source"] = {**self.source, "base": base_model}
         names = [module_name] + ([tied_module_name] if tied_module_name else [])
         write_ticket(Path(folder), record, names, self.rows_KD, self.base_rows_KD, self.count_V)
 
@@ -110,11 +134,19 @@ class Ticket:
         scalars = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record}
         return cls(**scalars, rows_KD=rows_KD, base_rows_KD=base_rows_KD, count_V=count_V)
 
-    def check_shape(self, vocab_size: int, num_samples: int) -> None:
-        """Raises ValueError unless the ticket was drawn on an embedding of this shape."""
-        if (vocab_size, num_samples) != (self.vocab_size, self.num_samples):
-            own = f"({self.vocab_size}, {self.num_samples})"
-            raise ValueError(f"the ticket was drawn on an embedding of shape {own}, not ({vocab_size}, {num_samples})")
+    def check_shape(self, vocab_size: int, num_samples: int, *, resized: bool = False) -> None:
+        """Raises ValueError unless the ticket was drawn on an embedding of this shape.
+
+        With `resized` the vocabulary may have another size, as long as it has all of the ticket's ids.
+        """
+        fits = num_samples == self.num_samples and max(self.token_ids, default=0) < vocab_size
+        if fits and (resized or vocab_size == self.vocab_size):
+            return
+        own = f"({self.vocab_size}, {self.num_samples})"
+        hint = " (force accepts a vocabulary that was resized later)" if fits else ""
+        raise ValueError(
+            f"the ticket was drawn on an embedding of shape {own}, not ({vocab_size}, {num_samples}){hint}"
+        )
 
     def check_base(self, rows_KD: Tensor, tokens: Sequence[str | None] | None = None) -> None:
         """Raises ValueError unless a model with these rows at `token_ids` is the one that the ticket was drawn on.
@@ -141,56 +173,89 @@ class Ticket:
         """Puts the tuned rows into a Hugging Face model, in the model's dtype.
 
         With embedding_scope "input" a tied head is untied first and keeps the base values (one more V x D matrix);
-        with "shared" a tied head moves too. `remove` undoes it to the bit.
+        with "shared" a tied head moves too. `remove` undoes it to the bit. A model can carry several tickets, whose rows
+        must agree where they overlap; they are removed in any order.
 
         Raises
         ------
         ValueError
-            Where `model` is not the base that the ticket was drawn on (`force` accepts any of the same shape), already
-            carries a ticket, or is partitioned by ZeRO-3.
+            Where `model` is not the base that the ticket was drawn on (`force` accepts any with the ticket's ids and row
+            width), carries this ticket already or another one with other values for one of its rows, is an
+            encoder-decoder, or is partitioned by ZeRO-3.
         """
         embedding, head = _plain_embedding(model), model.get_output_embeddings()
-        if hasattr(embedding, _REPLACED):
-            raise ValueError("the model carries a ticket already; remove that one first")
-        weight_VD, ids_K = embedding.weight, torch.tensor(self.token_ids, device=embedding.weight.device)
-        self.check_shape(*weight_VD.shape)
+        weight_VD = embedding.weight
+        ids_K = torch.tensor(self.token_ids, dtype=torch.int64, device=weight_VD.device)
+        self.check_shape(*weight_VD.shape, resized=force)
+        carried = getattr(embedding, _CARRIED, _Carried([], {}, untied=False))
+        if any(ids == self.token_ids for ids, _ in carried.tickets):
+            raise ValueError("the model carries a ticket of these rows already; remove that one first")
+        rows_KD = self.rows_KD.to(weight_VD)
+        earlier_KD = weight_VD.detach()[ids_K]
+        other_K = differing_rows(earlier_KD, rows_KD)
+        for place, number in enumerate(self.token_ids):
+            if number in carried.earlier:
+                if other_K[place]:
+                    raise ValueError(
+                        f"the model carries a ticket with another value for token {number}; remove that one first"
+                    )
+                earlier_KD[place] = carried.earlier[number]
         if not force:
             self.check_base(
-                weight_VD.detach()[ids_K],
-                tokenizer.convert_ids_to_tokens(self.token_ids) if tokenizer is not None else None,
+                earlier_KD, tokenizer.convert_ids_to_tokens(self.token_ids) if tokenizer is not None else None
             )
-        untie = self.embedding_scope == "input" and head is not None and head.weight is weight_VD
-        if untie:
+        if self.embedding_scope == "input" and head is not None and head.weight is weight_VD:
+            _check_only_head_is_tied(model, head)
             head.weight = nn.Parameter(weight_VD.detach().clone(), requires_grad=weight_VD.requires_grad)
             _set_tied(model, False)
-        setattr(embedding, _REPLACED, (self.token_ids, weight_VD.detach()[ids_K], untie))
+            carried.untied = True
         with torch.no_grad():
-            weight_VD[ids_K] = self.rows_KD.to(weight_VD)
+            weight_VD[ids_K] = rows_KD
+            if self.embedding_scope == "shared" and carried.untied:
+                head.weight[ids_K] = rows_KD
+        carried.tickets.append((self.token_ids, self.embedding_scope))
+        carried.earlier = dict(zip(self.token_ids, earlier_KD, strict=True)) | carried.earlier
+        setattr(embedding, _CARRIED, carried)
 
     def remove(self, model: Any) -> None:
         """Undoes `apply`: the rows get their earlier bits back, and a head that was untied for it is tied again.
 
-        In a model whose rows were merged elsewhere (by `transfer`, or by PEFT) the ticket's base rows are put back.
+        In a model whose rows were merged elsewhere (by `transfer`, or by PEFT) the ticket's base rows are put back. Rows
+        that another ticket carries too stay until that one is removed.
 
         Raises
         ------
         ValueError
             Where the model does not carry this ticket's rows.
         """
-        embedding = _plain_embedding(model)
-        weight_VD, ids_K = embedding.weight, torch.tensor(self.token_ids, device=embedding.weight.device)
-        self.check_shape(*weight_VD.shape)
-        ids, earlier_KD, untied = getattr(embedding, _REPLACED, (self.token_ids, self.base_rows_KD, False))
-        carried_KD = self.rows_KD.to(weight_VD.dtype)
-        if ids != self.token_ids or differing_rows(weight_VD.detach()[ids_K], carried_KD).any():
+        embedding, head = _plain_embedding(model), model.get_output_embeddings()
+        weight_VD = embedding.weight
+        self.check_shape(*weight_VD.shape, resized=True)
+        ids_K = torch.tensor(self.token_ids, dtype=torch.int64, device=weight_VD.device)
+        carried = getattr(embedding, _CARRIED, _Carried([], {}, untied=False))
+        own = (self.token_ids, self.embedding_scope)
+        if (not carried.earlier.keys().isdisjoint(self.token_ids) and own not in carried.tickets) or differing_rows(
+            weight_VD.detach()[ids_K], self.rows_KD.to(weight_VD.dtype)
+        ).any():
             raise ValueError("the model does not carry this ticket's rows, so they cannot be removed")
+        earlier = dict(zip(self.token_ids, self.base_rows_KD.to(weight_VD), strict=True))
+        if own in carried.tickets:
+            carried.tickets.remove(own)
+            earlier |= carried.earlier
+        kept, kept_in_head = carried.ids(*SCOPES), carried.ids("shared")
         with torch.no_grad():
-            weight_VD[ids_K] = earlier_KD.to(weight_VD)
-        if untied:
-            model.get_output_embeddings().weight = weight_VD
+            for number in self.token_ids:
+                if number not in kept:
+                    weight_VD[number] = earlier[number]
+                    carried.earlier.pop(number, None)
+                if self.embedding_scope == "shared" and carried.untied and number not in kept_in_head:
+                    head.weight[number] = earlier[number]
+        if carried.untied and not carried.ids("input"):
+            head.weight = weight_VD
             _set_tied(model, True)
-        if hasattr(embedding, _REPLACED):
-            delattr(embedding, _REPLACED)
+            carried.untied = False
+        if not carried.tickets and hasattr(embedding, _CARRIED):
+            delattr(embedding, _CARRIED)
 
 
 def make_ticket(
@@ -336,15 +401,30 @@ def differing_rows(left_KD: Tensor, right_KD: Tensor) -> Tensor:
 
 
 def _plain_embedding(model: Any) -> Any:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, whose parts look rows up separately; tickets are for causal "
+            "language models"
+        )
     embedding = model.get_input_embeddings()
     if hasattr(embedding.weight, "ds_id"):
         raise ValueError("the embedding is partitioned by ZeRO-3; apply the ticket before deepspeed.initialize")
     return embedding
 
 
+def _check_only_head_is_tied(model: Any, head: Any) -> None:
+    """Raises ValueError where more than the head's weight is tied: the config knows one flag for all of it."""
+    for name in model.get_expanded_tied_weights_keys(all_submodels=True):
+        module, _, parameter = name.rpartition(".")
+        if model.get_submodule(module) is not head or parameter != "weight":
+            raise ValueError(
+                f"untying the output head would untie {name} of {type(model).__name__} as well, so that the model could not "
+                "be saved; draw the ticket with embedding_scope 'shared', which moves the head too"
+            )
+
+
 def _set_tied(model: Any, tied: bool) -> None:
     """Says in the config whether head and embedding are one, and makes transformers' list of tied weights agree."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
-    if hasattr(model, "get_expanded_tied_weights_keys"):
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -151,7 +151,7 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
 def _adapter_config(record: dict[str, Any], module_name: str) -> dict[str, Any]:
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": record["source"].get("before"),
+        "base_model_name_or_path": record["source"].get("base", record["source"].get("before")),
         "inference_mode": True,
         "init_weights": True,
         "peft_type": "TRAINABLE_TOKENS",

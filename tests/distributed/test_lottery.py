@@ -69,6 +69,9 @@ def test_lottery_leaves_a_whole_run_folder(job):
     rows = len(ticket["token_ids"])
     assert 0 < rows < ticket["vocab_size"]
     assert results["stages"]["partial_tuning"]["trained_parameters"] == rows * 32
+    for folder in ("ticket", "checkpoints/partial_transfer"):
+        config = json.loads((job / "run" / folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "model"  # AutoPeftModelForCausalLM loads the base model by it
     for name in ("recipe.yaml", "metrics.jsonl", "report.html"):
         assert (job / "run" / name).stat().st_size > 0
     assert len(losses(job / "run", "partial_tuning")) == 6

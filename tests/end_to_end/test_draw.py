@@ -50,6 +50,8 @@ def test_draws_what_draw_ticket_draws(folders, tmp_path, capsys):
     expected = draw_ticket(*weights)
     assert ticket.token_ids == expected.token_ids == [3, 40, 77]
     assert torch.equal(ticket.count_V, expected.count_V) and torch.equal(ticket.rows_KD, expected.rows_KD)
+    peft_config = json.loads((tmp_path / "ticket" / "adapter_config.json").read_text())
+    assert peft_config["base_model_name_or_path"] == str(folders / "before")
     tokenizer = ModelFolder(folders / "before").tokenizer()
     assert ticket.tokens == tokenizer.convert_ids_to_tokens([3, 40, 77])
 

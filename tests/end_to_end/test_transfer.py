@@ -118,6 +118,20 @@ def test_transfer_mistakes_are_one_sentence_and_write_nothing(ready, tmp_path):
     assert torch.equal(rows_KD, Ticket.load(ready["ticket"]).rows_KD)
 
 
+def test_transfer_to_a_vocabulary_that_was_resized_later_is_forced(ready, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(ready["base"])
+    model.resize_token_embeddings(140)
+    model.save_pretrained(tmp_path / "resized")
+    words = ready | {"base": str(tmp_path / "resized")}
+    with pytest.raises(UserError, match=r"not \(140, 32\) \(force accepts a vocabulary that was resized later\)"):
+        transfer.run(TransferCommand(**words))
+    transfer.run(TransferCommand(**words, force=True))
+    ticket = Ticket.load(ready["ticket"])
+    ticket.apply(model, force=True)
+    written = AutoModelForCausalLM.from_pretrained(ready["out"]).state_dict()
+    assert all(torch.equal(value, written[name]) for name, value in model.state_dict().items())
+
+
 def test_transfer_in_one_process_and_on_two_ranks(ready, tmp_path):
     words = ["transfer", *(f"{name}={path}" for name, path in ready.items())]
     one = succeeds(run(sys.executable, "-m", "ksl_ds", *words, cwd=tmp_path))

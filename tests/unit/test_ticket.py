@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from tickets import IDS, random_matrix, shifted
 from tiny import make_model_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, draw_ticket, explain_empty, make_ticket, measure_shift
 
@@ -214,7 +214,7 @@ def test_ticket_goes_in_and_out_to_the_bit(tmp_path, tied, scope, dtype):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="carries a ticket already"):
+    with pytest.raises(ValueError, match="carries a ticket of these rows already"):
         ticket.apply(model)
 
     ticket.remove(model)
@@ -252,6 +252,135 @@ def test_ticket_refuses_another_base_unless_forced(tmp_path):
     wider = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path / "wider", hidden_size=64))
     with pytest.raises(ValueError, match=r"shape \(134, 32\), not \(134, 64\)"):
         ticket.apply(wider, force=True)
+
+
+def ticket_of(model: torch.nn.Module, ids: list[int], scope: str) -> Ticket:
+    """A ticket with made-up rows for `ids`; the same rows for the same id."""
+    before_VD = model.get_input_embeddings().weight.detach()
+    after_VD = before_VD.clone()
+    for number in ids:
+        after_VD[number] += torch.arange(before_VD.shape[1]) + number
+    return draw_ticket(before_VD, after_VD, embedding_scope=scope)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+@pytest.mark.parametrize(
+    "scopes", [("input",) * 3, ("shared",) * 3, ("input", "shared", "input"), ("shared", "input", "shared")]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_tickets_in_one_model_are_removed_in_any_order(tmp_path, tied, scopes, order):
+    model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path / "base", tied=tied))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    all_ids = ([3, 17], [64, 130], [17, 64, 90])  # the third agrees with the others where it overlaps
+    tickets = [ticket_of(model, ids, scope) for ids, scope in zip(all_ids, scopes, strict=True)]
+
+    def check(carried: list[Ticket]) -> None:
+        expected = {name: value.clone() for name, value in before.items()}
+        for ticket in carried:
+            expected[embedding][ticket.token_ids] = ticket.rows_KD
+            if tied and ticket.embedding_scope == "shared":
+                expected[head][ticket.token_ids] = ticket.rows_KD
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        untied = any(ticket.embedding_scope == "input" for ticket in carried)
+        is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert is_tied == model.config.tie_word_embeddings == (tied and not untied)
+
+    for number, ticket in enumerate(tickets):
+        ticket.apply(model)
+        check(tickets[: number + 1])
+    carried = list(tickets)
+    for number in order:
+        tickets[number].remove(model)
+        carried.remove(tickets[number])
+        check(carried)
+    with pytest.raises(ValueError, match="does not carry"):
+        tickets[0].remove(model)
+
+
+def test_tickets_that_disagree_on_a_row_are_refused_and_change_nothing(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path / "base", tied=True))
+    first, second = (ticket_of(model, ids, "input") for ids in ([3, 17], [17, 64]))
+    first.apply(model)
+    carried = {name: value.clone() for name, value in model.state_dict().items()}
+    other = second.with_rows(second.rows_KD + 1)
+    for force in (False, True):
+        with pytest.raises(ValueError, match="another value for token 17; remove that one first"):
+            other.apply(model, force=force)
+    with pytest.raises(ValueError, match="does not carry"):
+        second.remove(model)
+    assert all(torch.equal(value, carried[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [140, 131])
+def test_a_vocabulary_that_was_resized_later_can_be_forced(tmp_path, size):
+    ticket, model = ticket_on(make_model_folder(tmp_path / "base", tied=True))
+    model.resize_token_embeddings(size)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"not \({size}, 32\) \(force accepts a vocabulary that was resized later\)"):
+        ticket.apply(model)
+    ticket.apply(model, force=True)
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(embedding[IDS], ticket.rows_KD)
+    assert (embedding != before["model.embed_tokens.weight"]).any(1).nonzero().flatten().tolist() == IDS
+    ticket.remove(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.resize_token_embeddings(IDS[-1])  # the last of the ticket's ids is gone
+    with pytest.raises(ValueError, match=r"shape \(134, 32\), not \(130, 32\)$"):
+        ticket.apply(model, force=True)
+
+
+def test_peft_finds_the_base_model_of_a_ticket_made_in_python(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    base = make_model_folder(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    ticket = ticket_of(model, IDS, "input")
+    ticket.apply(model)
+    ticket.save(tmp_path / "ticket", "model.embed_tokens", base_model=str(base))
+    # The name is kept when the ticket is saved again, as after another tuning.
+    Ticket.load(tmp_path / "ticket").save(tmp_path / "again", "model.embed_tokens")
+    for folder in ("ticket", "again"):
+        assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / folder)), logits(model))
+
+
+ENCODER_DECODER = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "decoder_start_token_id": 2,
+    "d_kv": 8, "num_layers": 1, "num_heads": 4, "d_ff": 48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["bart", "mbart", "marian", "m2m_100", "pegasus", "umt5", "t5"])
+def test_encoder_decoders_are_refused_and_stay_as_they_were(architecture, tied):
+    config = AutoConfig.for_model(
+        architecture, **ENCODER_DECODER, vocab_size=134, pad_token_id=0, tie_word_embeddings=tied
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config_before = model.config.to_dict()
+    for scope in ("input", "shared"):
+        ticket = ticket_of(model, IDS, scope)
+        for change in (ticket.apply, ticket.remove):
+            with pytest.raises(ValueError, match="is an encoder-decoder"):
+                change(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config_before
+
+
+def test_a_head_whose_bias_is_tied_too_moves_only_as_a_whole(tmp_path):
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=134,
+        is_decoder=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"untie cls.predictions.decoder.bias of BertLMHeadModel as well"):
+        ticket_of(model, IDS, "input").apply(model)
+    assert model.config.tie_word_embeddings
+    ticket_of(model, IDS, "shared").apply(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()), logits(model))
 
 
 def test_ticket_refuses_another_tokenizer(tmp_path):
