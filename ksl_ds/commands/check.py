@@ -27,7 +27,7 @@ from ksl_ds.recipe import Recipe
 from ksl_ds.report.tables import size
 from ksl_ds.report.tracking import hardware_and_versions, tracking_mode, why_offline
 from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import deepspeed_config
+from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.sharding.estimate import fewest_ranks, rank_needs
 from ksl_ds.text.batches import encode_corpus
 from ksl_ds.text.corpus import load_corpus
@@ -95,7 +95,8 @@ def run(recipe: Recipe) -> None:
     environment = hardware_and_versions()
     versions = checks.on_all("versions", lambda: (_versions_line(environment), environment["versions"]))
     checks.same("versions", versions, "other versions")
-    checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", deepspeed_config(recipe)))
+    configs = checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", deepspeed_config(recipe)))
+    checks.same("deepspeed", configs, "another DeepSpeed JSON")
     device_check(checks, recipe)
     folder = model_check(checks, recipe)
     longest = text_check(checks, recipe, folder) if folder is not None else None
@@ -145,14 +146,11 @@ def device_check(checks: Checklist, recipe: Recipe) -> None:
     """What a rank computes on can do the recipe's precision."""
 
     def check() -> tuple[str, Any]:
-        device, precision = cluster.device(), recipe.training.precision
-        if device.type == "cpu":
-            if precision == "fp16":
-                raise UserError("no GPU is seen, and CPUs do not train in fp16; use training.precision=fp32 or bf16")
+        precision = recipe.training.precision
+        check_precision(precision)
+        if cluster.device().type == "cpu":
             return f"no GPU is seen: ranks compute on the CPU in {precision}", None
-        name = torch.cuda.get_device_name(device)
-        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"{name} has no bf16; use training.precision=fp16 and deepspeed=zero3_fp16.json")
+        name = torch.cuda.get_device_name(cluster.device())
         return f"{name}, {size(_device_memory())}, {precision}", name
 
     checks.same("device", checks.on_all("device", check), "another device")

@@ -8,7 +8,6 @@ So one loaded backbone serves every stage of the lottery.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -24,48 +23,26 @@ from ksl_ds.sharding import cluster
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# What the recipe decides, and the key of the recipe that decides it.
-OWNED_SECTIONS = {
-    "optimizer": "embed_tuning, partial_tuning, ...",
-    "scheduler": "embed_tuning.schedule, partial_tuning.schedule, ...",
-    "wandb": "tracking",
-    "tensorboard": "tracking",
-    "csv_monitor": "tracking",
-}
-# Features whose partitioning or gradient path the row code has not been tested with.
-UNTESTED_ZERO_KEYS = ("zero_hpz_partition_size", "mics_shard_size", "zenflow", "zero_quantized_weights")
-
 
 def read_config(name: str) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON, given as a path or a name in ds_configs/. Raises UserError."""
-    path = shipped_file(name, "ds_configs")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"deepspeed: no file {name}, here or in ds_configs/") from None
-    except ValueError as error:
-        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
-    return config
+    """The content of a DeepSpeed JSON, given as a path or a name in ds_configs/, checked. Raises UserError."""
+    from ksl_ds.sharding.deepspeed_json import read_json
+
+    return read_json(shipped_file(name, "ds_configs"))
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a recipe on the ranks there are.
+    """The complete DeepSpeed configuration of a recipe on the ranks there are. Does not communicate.
 
     Raises
     ------
     UserError
         When the JSON is missing or broken, contradicts the recipe, or asks for a feature that rows were not tested with.
     """
-    path, config = shipped_file(recipe.deepspeed, "ds_configs"), read_config(recipe.deepspeed)
-    for section, owner in OWNED_SECTIONS.items():
-        if section in config:
-            raise UserError(f"{path} has a section {section!r}, which the recipe decides ({owner}); take it out")
-    zero = config.get("zero_optimization", {})
-    untested = [name for name in UNTESTED_ZERO_KEYS if zero.get(name, 1) not in (1, -1, False, None)]
-    if untested or "tensor_parallel" in config:
-        name = untested[0] if untested else "tensor_parallel"
-        raise UserError(f"{path} asks for {name}, which training of embedding rows does not support; take it out")
+    from ksl_ds.sharding.deepspeed_json import check_with_deepspeed
 
+    path = shipped_file(recipe.deepspeed, "ds_configs")
+    config = read_config(recipe.deepspeed)
     training = recipe.training
     decided = {
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
@@ -82,12 +59,24 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
                 f"{path} says {name} = {node[entry]}, but {owner} in the recipe makes it {value}; "
                 f"take {name} out of the JSON"
             )
-    if "train_batch_size" in config:
-        raise UserError(f"{path} says train_batch_size, but training.batch_size in the recipe decides it; take it out")
     # Our optimizer is torch's fused AdamW, which runs on CPU as well: offload needs no compiled DeepSpeedCPUAdam.
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", 10**9)
+    check_with_deepspeed(path, config)
     return config
+
+
+def check_precision(precision: str) -> None:
+    """Raises UserError where this rank's device cannot train in `precision`. Does not communicate."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = cluster.device()
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        where = "no GPU is seen, and this CPU does" if device.type == "cpu" else f"{device} does"
+        raise UserError(f"{where} not train in fp16; use training.precision=fp32 or bf16")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{name} has no bf16; use training.precision=fp16 and deepspeed=zero3_fp16.json")
 
 
 def accumulation_steps(recipe: Recipe) -> int:

@@ -27,7 +27,7 @@ from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.checkpoint import Checkpoints
-from ksl_ds.sharding.engine import deepspeed_config
+from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.text.batches import Example, encode_corpus
 from ksl_ds.text.corpus import Corpus, load_corpus
 from ksl_ds.text.prompt import Prompt
@@ -86,7 +86,9 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
             f"the recipe expects num_ranks={recipe.num_ranks}, but {cluster.world_size()} were started; "
             "check the hostfile (deepspeed only warns when it is missing)"
         )
-    config = deepspeed_config(recipe)
+    config = cluster.on_main(lambda: deepspeed_config(recipe))
+    with cluster.together():
+        check_precision(recipe.training.precision)
     run_dir = Path(recipe.run_dir)
     before = cluster.on_main(lambda: results_before(run_dir, recipe))
     cluster.on_main(lambda: check_tokenizer(recipe.evaluation.tokenize))

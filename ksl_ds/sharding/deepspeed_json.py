@@ -1,0 +1,266 @@
+"""Reading a DeepSpeed JSON: every mistake in it is one sentence, before a model is loaded.
+
+DeepSpeed itself ignores unknown keys outside its sections, converts "3" and true to numbers, and finds many mistakes only
+while it trains. Here the file is checked against DeepSpeed's own classes for its sections and a list of the other keys that
+have a meaning in this program. What comes out is in one form (5e7 is 50000000, old names are the new ones, "auto" and null
+are left out), so that two files that say the same are equal.
+
+Importing this module imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Optional, get_args
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, Field, ValidationError
+
+from ksl_ds.errors import UserError
+
+# What the recipe decides, and the key of the recipe that decides it.
+OWNED_BY_RECIPE = {
+    "optimizer": "embed_tuning, partial_tuning, ...",
+    "scheduler": "embed_tuning.schedule, partial_tuning.schedule, ...",
+    "train_batch_size": "training.batch_size",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "torch_autocast": "training.precision",
+    "bfloat16": "training.precision",
+    "wandb": "tracking",
+    "tensorboard": "tracking",
+    "csv_monitor": "tracking",
+    "comet": "tracking",
+}
+REMOVED_FROM_DEEPSPEED = (
+    "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
+    "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
+)  # fmt: skip
+# Features that change gradients, partitioning, data or checkpoints in ways that training of rows was not tested with, and
+# settings of parts of DeepSpeed that this program does not use.
+UNSUPPORTED = (
+    "aio", "autotuning", "checkpoint", "compile", "data_efficiency", "data_parallel_size", "datastates_ckpt",
+    "dataloader_drop_last", "expert_parallel", "gradient_allreduce_op", "hybrid_engine", "managed_gradient_accumulation",
+    "mesh_param", "pipeline", "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
+    "use_data_before_expert_parallelism", "use_node_local_storage", "weight_quantization", "zenflow",
+)  # fmt: skip
+UNSUPPORTED_IN_SECTIONS = (
+    "bf16.immediate_grad_update", "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states",
+    "fp16.fp16_master_weights_and_grads", "zero_optimization.elastic_checkpoint", "zero_optimization.legacy_stage1",
+    "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zero_hpz_partition_size", "zero_optimization.zenflow", "zero_optimization.zeropp_loco_param",
+    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients", "zero_optimization.offload_optimizer.ratio",
+    "zero_optimization.offload_optimizer.super_offload",
+)  # fmt: skip
+LARGEST = 2**63 - 1
+
+
+class DataTypes(DeepSpeedConfigModel):
+    grad_accum_dtype: Optional[Literal["fp16", "bf16", "fp32"]] = None
+
+
+class Json(DeepSpeedConfigModel):
+    """The keys that a DeepSpeed JSON may have here. The first five must agree with the recipe."""
+
+    train_micro_batch_size_per_gpu: Optional[int] = None
+    gradient_accumulation_steps: Optional[int] = None
+    gradient_clipping: Optional[float] = None
+    bf16: DeepSpeedBF16Config = Field(default_factory=DeepSpeedBF16Config)
+    fp16: DeepSpeedFP16Config = Field(default_factory=DeepSpeedFP16Config)
+    zero_optimization: DeepSpeedZeroConfig = Field(default_factory=DeepSpeedZeroConfig)
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = False
+    communication_data_type: Optional[Literal["fp16", "bf16", "fp32"]] = None
+    data_types: DataTypes = Field(default_factory=DataTypes)
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = Field(1.0, gt=0)
+    disable_allgather: bool = False
+    disable_python_gc: bool = False
+    steps_per_print: Optional[int] = Field(None, gt=0)
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
+    flops_profiler: dict[str, Any] = Field(default_factory=dict)
+    log_level: Optional[str] = None
+
+
+# Keys that change what is logged, and nothing that is computed.
+LOGGING_KEYS = (
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+    "log_level",
+)  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON, checked and in one form. Raises UserError."""
+    given = _without_auto(_parse(path))
+    _refuse_unsupported(path, given)
+    _refuse_unknown_keys(path, given, Json, "")
+    try:
+        config = Json(**given)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    except AssertionError as error:  # of an old key beside the new one
+        raise UserError(f"{path}: {error}") from None
+    _refuse_other_types(path, given, config, "")
+    found: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    return found
+
+
+def check_with_deepspeed(path: Path, config: dict[str, Any]) -> None:
+    """Has DeepSpeed parse a complete configuration as it will for training. Raises UserError."""
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except Exception as error:  # assertions, ValueErrors and a kind of its own, each with a sentence
+        raise UserError(f"DeepSpeed does not accept {path}: {' '.join(str(error).split())}") from None
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"deepspeed: {path} has the key {name!r} twice; take one out")
+        return dict(pairs)
+
+    def finite(word: str) -> float | int:
+        number = float(word)
+        if not math.isfinite(number):
+            raise UserError(f"deepspeed: {path} has the number {word}; numbers must be finite")
+        return int(number) if number.is_integer() else number
+
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"deepspeed: no file {path}, here or in ds_configs/") from None
+    except OSError as error:
+        raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: byte {error.start} is not UTF-8") from None
+    try:
+        config = json.loads(content, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"deepspeed: {path} holds {_shown(config)}; it must be an object, {{...}}, with DeepSpeed's keys"
+        )
+    return config
+
+
+def _without_auto(content: Any) -> Any:
+    """Hugging Face's Trainer fills in "auto"; DeepSpeed takes its default for it."""
+    if isinstance(content, dict):
+        return {name: _without_auto(value) for name, value in content.items() if value != "auto"}
+    return content
+
+
+def _refuse_unsupported(path: Path, given: dict[str, Any]) -> None:
+    for name in given:
+        if name in OWNED_BY_RECIPE:
+            raise UserError(f"{path} has {name!r}, which the recipe decides ({OWNED_BY_RECIPE[name]}); take it out")
+        if name in REMOVED_FROM_DEEPSPEED:
+            raise UserError(f"{path} has {name!r}, a feature that was removed from DeepSpeed; take it out")
+        if name in UNSUPPORTED:
+            raise UserError(f"{path} has {name!r}, which ksl_ds does not support; take it out")
+    for name in UNSUPPORTED_IN_SECTIONS:
+        value = _select(given, name)
+        used = value if isinstance(value, bool) else value not in (None, 1, -1)
+        if used:
+            raise UserError(f"{path} asks for {name}, which ksl_ds does not support; take it out")
+    for name in ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"):
+        if _select(given, name) == "nvme":
+            raise UserError(f"{path} has {name} = nvme, which ksl_ds does not support; use cpu")
+    if _select(given, "zero_optimization.compute_grad_norm") is False:
+        raise UserError(f"{path} has zero_optimization.compute_grad_norm = false, but the norm is logged; take it out")
+
+
+def _select(content: Any, dotted: str) -> Any:
+    """The value of a dotted key; None where there is none, or something else than a section on the way."""
+    for name in dotted.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _refuse_unknown_keys(path: Path, given: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
+    sections = _sections(model)
+    for name, value in given.items():
+        if name not in sections:
+            _unknown_key(path, prefix + name)
+        section = sections[name]
+        if section is not None and isinstance(value, dict):
+            _refuse_unknown_keys(path, value, section, f"{prefix}{name}.")
+
+
+def _unknown_key(path: Path, name: str) -> NoReturn:
+    known = _known_keys(Json, "")
+    last_parts = {known_name.rpartition(".")[2]: known_name for known_name in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = near or [last_parts[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1)]
+    hint = f"did you mean {near[0]}?" if near else "take it out"
+    raise UserError(f"{path} has the unknown key {name!r}; {hint}")
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """The keys of a section, by the names that a file may use, and the class of those that are sections themselves."""
+    sections: dict[str, type[BaseModel] | None] = {}
+    for name, entry in model.model_fields.items():
+        kinds = [kind for kind in (entry.annotation, *get_args(entry.annotation)) if isinstance(kind, type)]
+        section = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        sections |= {known: section for known in (entry.alias, name) if known is not None}
+    return sections
+
+
+def _known_keys(model: type[BaseModel], prefix: str) -> list[str]:
+    keys = []
+    for name, section in _sections(model).items():
+        keys.append(prefix + name)
+        if section is not None:
+            keys += _known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _refuse_other_types(path: Path, given: dict[str, Any], config: BaseModel, prefix: str) -> None:
+    """Text and booleans that were converted to numbers, and numbers without a machine's type."""
+    name_of = {entry.alias: name for name, entry in type(config).model_fields.items() if entry.alias is not None}
+    for name, value in given.items():
+        taken = getattr(config, name_of.get(name, name), value)
+        if isinstance(taken, BaseModel) and isinstance(value, dict):
+            _refuse_other_types(path, value, taken, f"{prefix}{name}.")
+        elif isinstance(value, str) and not isinstance(taken, (str, Path)):
+            raise UserError(f"{path}: {prefix}{name} is the text {_shown(value)}; write {json.dumps(taken)}")
+        elif isinstance(value, bool) and not isinstance(taken, bool):
+            raise UserError(f"{path}: {prefix}{name} is {_shown(value)}; it must be a number")
+        elif isinstance(value, (int, float)) and abs(value) > LARGEST:
+            raise UserError(f"{path}: {prefix}{name} is {_shown(value)}; it must be less than 2^63")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that DeepSpeed's classes have against a JSON, in a sentence."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] in ("value_error", "assertion_error"):
+        return f"{where}: {first['msg'].partition(', ')[2]}"
+    rule = (
+        "an object, {...}"
+        if first["type"] in ("model_type", "dict_type")
+        else first["msg"].replace("Input should be ", "")
+    )
+    if first["type"] == "enum":  # DeepSpeed's list of stages has its last one twice
+        options = first["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        rule = f"one of {', '.join(dict.fromkeys(options))}"
+    return f"{where} is {_shown(first['input'])}; it must be {rule}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"
