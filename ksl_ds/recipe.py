@@ -79,7 +79,7 @@ class Tuning:
     epochs: float = key(3.0, "passes over the training text")
     max_steps: Optional[int] = key(None, "optimizer steps; replaces epochs when given")
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "learning rate after the warm-up")
-    warmup: float = key(0.03, "share of the steps in which the learning rate rises from 0")
+    warmup: float = key(0.03, "share of the steps in which the learning rate rises, the first of W to 1/W of it")
     weight_decay: float = key(0.0, "AdamW's decoupled decay; of ticket rows: towards their base values")
     betas: list[float] = key([0.9, 0.999], "AdamW's averaging coefficients")
     epsilon: float = key(1e-8, "AdamW's denominator term")

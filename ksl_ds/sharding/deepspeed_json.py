@@ -46,15 +46,16 @@ REMOVED_FROM_DEEPSPEED = (
 # Features that change gradients, partitioning, data or checkpoints in ways that training of rows was not tested with, and
 # settings of parts of DeepSpeed that this program does not use.
 UNSUPPORTED = (
-    "aio", "autotuning", "checkpoint", "compile", "data_efficiency", "data_parallel_size", "datastates_ckpt",
-    "dataloader_drop_last", "expert_parallel", "gradient_allreduce_op", "hybrid_engine", "managed_gradient_accumulation",
-    "mesh_param", "pipeline", "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
+    "aio", "autotuning", "checkpoint", "compile", "data_efficiency", "data_parallel_size", "data_types", "datastates_ckpt",
+    "dataloader_drop_last", "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine", "managed_gradient_accumulation",
+    "mesh_param", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
     "use_data_before_expert_parallelism", "use_node_local_storage", "weight_quantization", "zenflow",
 )  # fmt: skip
 UNSUPPORTED_IN_SECTIONS = (
     "bf16.immediate_grad_update", "bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states",
     "fp16.fp16_master_weights_and_grads", "zero_optimization.elastic_checkpoint", "zero_optimization.legacy_stage1",
     "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.stage3_module_granularity_threshold", "zero_optimization.module_granularity_threshold",
     "zero_optimization.zero_hpz_partition_size", "zero_optimization.zenflow", "zero_optimization.zeropp_loco_param",
     "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients", "zero_optimization.offload_optimizer.ratio",
@@ -63,8 +64,16 @@ UNSUPPORTED_IN_SECTIONS = (
 LARGEST = 2**63 - 1
 
 
-class DataTypes(DeepSpeedConfigModel):
-    grad_accum_dtype: Optional[Literal["fp16", "bf16", "fp32"]] = None
+class FlopsProfiler(DeepSpeedConfigModel):
+    """DeepSpeed reads this section without a class of its own."""
+
+    enabled: bool = False
+    recompute_fwd_factor: float = 0.0
+    profile_step: int = 1
+    module_depth: int = -1
+    top_modules: int = 1
+    detailed: bool = True
+    output_file: Optional[str] = None
 
 
 class Json(DeepSpeedConfigModel):
@@ -79,17 +88,13 @@ class Json(DeepSpeedConfigModel):
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = False
     communication_data_type: Optional[Literal["fp16", "bf16", "fp32"]] = None
-    data_types: DataTypes = Field(default_factory=DataTypes)
-    prescale_gradients: bool = False
-    gradient_predivide_factor: float = Field(1.0, gt=0)
-    disable_allgather: bool = False
     disable_python_gc: bool = False
     steps_per_print: Optional[int] = Field(None, gt=0)
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
-    flops_profiler: dict[str, Any] = Field(default_factory=dict)
+    flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
     log_level: Optional[str] = None
 
 
@@ -174,12 +179,17 @@ def _refuse_unsupported(path: Path, given: dict[str, Any]) -> None:
             raise UserError(f"{path} has {name!r}, which ksl_ds does not support; take it out")
     for name in UNSUPPORTED_IN_SECTIONS:
         value = _select(given, name)
-        used = value if isinstance(value, bool) else value not in (None, 1, -1)
+        used = value if isinstance(value, bool) else value not in (None, 0, 1, -1)
         if used:
             raise UserError(f"{path} asks for {name}, which ksl_ds does not support; take it out")
     for name in ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"):
         if _select(given, name) == "nvme":
             raise UserError(f"{path} has {name} = nvme, which ksl_ds does not support; use cpu")
+    bucket = _select(given, "zero_optimization.allgather_bucket_size")
+    if isinstance(bucket, int) and bucket % 2:
+        raise UserError(
+            f"{path} has zero_optimization.allgather_bucket_size = {bucket}; DeepSpeed needs an even number"
+        )
     if _select(given, "zero_optimization.compute_grad_norm") is False:
         raise UserError(f"{path} has zero_optimization.compute_grad_norm = false, but the norm is logged; take it out")
 

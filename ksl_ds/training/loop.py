@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.model.ticket_rows import TicketRows
@@ -54,6 +55,21 @@ def total_steps(tuning: Tuning, num_examples: int, batch_size: int) -> int:
     return math.ceil(tuning.epochs * math.ceil(num_examples / batch_size))
 
 
+def learning_rates(optimizer: torch.optim.Optimizer, tuning: Tuning, num_steps: int) -> LambdaLR:
+    """The learning rate of each step: W warm-up steps with 1/W, 2/W, ... 1 of it, then transformers' schedule.
+
+    transformers gives its first warm-up step a learning rate of 0, in which nothing trains; after the warm-up the two are
+    the same.
+    """
+    from transformers import get_scheduler
+
+    warmup_steps = math.ceil(tuning.warmup * num_steps)
+    name = "constant_with_warmup" if tuning.schedule == "constant" else tuning.schedule
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
+    share_of = schedule.lr_lambdas[0]
+    return LambdaLR(optimizer, lambda step: (step + 1) / warmup_steps if step < warmup_steps else share_of(step))
+
+
 def train(
     run: Run,
     parameters: list[nn.Parameter],
@@ -76,8 +92,6 @@ def train(
     Interrupted
         On every rank, after a checkpoint, when one of them was asked to end.
     """
-    from transformers import get_scheduler
-
     recipe, model, tracker = run.recipe, run.model, run.tracker
     examples = run.examples["train"]
     model.requires_grad_(False)
@@ -87,12 +101,7 @@ def train(
     order = BatchOrder(len(examples), training.batch_size, recipe.seed)
     outcome = TrainingRun(planned_steps=total_steps(tuning, len(examples), training.batch_size))
     optimizer = adamw(parameters, tuning)
-    scheduler = get_scheduler(
-        "constant_with_warmup" if tuning.schedule == "constant" else tuning.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(tuning.warmup * outcome.planned_steps),
-        num_training_steps=outcome.planned_steps,
-    )
+    scheduler = learning_rates(optimizer, tuning, outcome.planned_steps)
     torch.manual_seed(recipe.seed + cluster.rank())  # dropout differs over ranks and repeats over runs
     checkpoints = run.checkpoints(stage)
     started = time.perf_counter()

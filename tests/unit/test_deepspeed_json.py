@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 
 from ksl_ds.errors import UserError
 from ksl_ds.recipe import Recipe
+from ksl_ds.sharding import deepspeed_json
 from ksl_ds.sharding.engine import check_precision, deepspeed_config, read_config
 from ksl_ds.sharding.estimate import Zero
 
@@ -70,7 +71,11 @@ MISTAKES = {
     "an old key beside the new": (zero(cpu_offload=True, offload_optimizer={"device": "cpu"}), ["cpu_offload"]),
     "loss scale": ({"fp16": {"loss_scale": -1}}, ["fp16", "loss_scale"]),
     "communication type": ({"communication_data_type": "int8"}, ['communication_data_type is "int8"', "'fp16'"]),
-    "gradients' type": ({"data_types": {"grad_accum_dtype": "f32"}}, ["data_types.grad_accum_dtype"]),
+    "gradients' type": ({"data_types": {"grad_accum_dtype": "bf16"}}, ["'data_types'", "does not support"]),
+    "modules fetched whole": (zero(stage3_module_granularity_threshold=9), ["granularity_threshold", "does not support"]),
+    "divided gradients": ({"gradient_predivide_factor": 2}, ["'gradient_predivide_factor'", "does not support"]),
+    "profiler": ({"flops_profiler": {"enabled": True, "profile_step": "x"}}, ['flops_profiler.profile_step is "x"']),
+    "an odd bucket": ({ZERO: {"stage": 1, "allgather_bucket_size": 1}}, ["allgather_bucket_size = 1", "even"]),
     "steps of text": ({"steps_per_print": "many"}, ['steps_per_print is "many"']),
     "clipping of text": ({"gradient_clipping": "1.0"}, ["gradient_clipping"]),
     "amp": ({"amp": {"enabled": True}}, ["'amp'", "removed from DeepSpeed"]),
@@ -121,14 +126,20 @@ def test_a_mistake_is_a_sentence_with_file_and_key(name, tmp_path, monkeypatch):
     assert all(word in sentence for word in ["ds.json", *words]), sentence
 
 
-def test_what_deepspeed_finds_itself_is_a_sentence(tmp_path):
-    """A combination that no single key makes wrong."""
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}')
-    (tmp_path / "missing_file").mkdir()
-    with pytest.raises(UserError, match=r"missing_file cannot be read: Is a directory"):
-        read_config(str(tmp_path / "missing_file"))
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"deepspeed: .* cannot be read: Is a directory"):
+        read_config(str(tmp_path))
     with pytest.raises(UserError, match=r"deepspeed: no file .*nowhere.json, here or in ds_configs/"):
         read_config(str(tmp_path / "nowhere.json"))
+
+
+def test_what_deepspeeds_own_class_finds_is_a_sentence(tmp_path, monkeypatch):
+    def refuse(self: object, config: dict) -> None:
+        raise AssertionError("this and that\ndo not go together")
+
+    monkeypatch.setattr(deepspeed_json.DeepSpeedConfig, "__init__", refuse)
+    with pytest.raises(UserError, match=r"^DeepSpeed does not accept .*zero3.json: this and that do not go together$"):
+        deepspeed_config(Recipe())
 
 
 def test_two_ways_to_say_the_same_have_one_form(tmp_path):
