@@ -46,9 +46,10 @@ REMOVED_FROM_DEEPSPEED = (
 # Features that change gradients, partitioning, data or checkpoints in ways that training of rows was not tested with, and
 # settings of parts of DeepSpeed that this program does not use.
 UNSUPPORTED = (
-    "aio", "autotuning", "checkpoint", "compile", "data_efficiency", "data_parallel_size", "data_types", "datastates_ckpt",
-    "dataloader_drop_last", "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine", "managed_gradient_accumulation",
-    "mesh_param", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
+    "aio", "autotuning", "checkpoint", "compile", "data_efficiency", "data_parallel_size", "data_types",
+    "datastates_ckpt", "dataloader_drop_last", "disable_allgather", "expert_parallel", "gradient_allreduce_op",
+    "gradient_predivide_factor", "hybrid_engine", "managed_gradient_accumulation", "mesh_param", "pipeline",
+    "prescale_gradients", "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
     "use_data_before_expert_parallelism", "use_node_local_storage", "weight_quantization", "zenflow",
 )  # fmt: skip
 UNSUPPORTED_IN_SECTIONS = (
@@ -95,7 +96,7 @@ class Json(DeepSpeedConfigModel):
     dump_state: bool = False
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
     flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
-    log_level: Optional[str] = None
+    log_level: Optional[Literal["debug", "info", "warning", "error", "critical"]] = None
 
 
 # Keys that change what is logged, and nothing that is computed.

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import REPOSITORY, launch, succeeds
+from deepspeed.accelerator import get_accelerator
 from tiny import make_model_folder, write_pairs
 
 from ksl_ds.commands import check
@@ -76,10 +77,17 @@ def test_all_is_well(job, capsys):
         (["text.train=nowhere.jsonl"], "text", "nowhere.jsonl"),
         (["deepspeed=nowhere.json"], "deepspeed", "nowhere.json"),
         (["evaluation.tokenize=13b"], "scores", "13b"),
-        (["training.precision=fp16"], "device", "CPUs do not train in fp16"),
+        (["training.precision=fp16"], "device", "this CPU does not train in fp16"),
+        (["deepspeed=stage_5.json"], "deepspeed", "zero_optimization.stage is 5"),
+        (["deepspeed=nvme.json"], "deepspeed", "zero_optimization.offload_param.device = nvme"),
+        (["deepspeed=list.json"], "deepspeed", "list.json holds []"),
     ],
 )
-def test_what_is_missing_is_named(job, capsys, words, what, said):
+def test_what_is_missing_is_named(job, capsys, monkeypatch, words, what, said):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)  # some CPUs have it
+    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    for name, content in {"stage_5": {"zero_optimization": {"stage": 5}}, "nvme": nvme, "list": []}.items():
+        (job / f"{name}.json").write_text(json.dumps(content))
     shown = lines(capsys, *words)
     assert what in failed(shown) and any(said in line for line in shown)
     assert "failed; see the list" in shown[-1]

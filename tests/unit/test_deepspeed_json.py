@@ -75,6 +75,7 @@ MISTAKES = {
     "modules fetched whole": (zero(stage3_module_granularity_threshold=9), ["granularity_threshold", "does not support"]),
     "divided gradients": ({"gradient_predivide_factor": 2}, ["'gradient_predivide_factor'", "does not support"]),
     "profiler": ({"flops_profiler": {"enabled": True, "profile_step": "x"}}, ['flops_profiler.profile_step is "x"']),
+    "log level": ({"log_level": "loud"}, ['log_level is "loud"', "'debug'"]),
     "an odd bucket": ({ZERO: {"stage": 1, "allgather_bucket_size": 1}}, ["allgather_bucket_size = 1", "even"]),
     "steps of text": ({"steps_per_print": "many"}, ['steps_per_print is "many"']),
     "clipping of text": ({"gradient_clipping": "1.0"}, ["gradient_clipping"]),
