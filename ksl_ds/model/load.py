@@ -21,6 +21,8 @@ from ksl_ds.recipe import Model, Recipe
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
 
+WORDS_AT_ONCE = 1 << 16
+
 
 def open_folder(recipe: Model) -> ModelFolder:
     """The model's folder on this host; a Hub model is fetched once per host."""
@@ -116,6 +118,38 @@ def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parame
         if not torch.equal(part.cpu(), expected.to(part.dtype)):
             return name
     return None
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """A digest of every weight by name, the same for any number of ranks: each sums up its own part. Collective.
+
+    Two sums over the 16-bit words of a weight, modulo 2^64, one of them weighted with the words' positions: they find
+    changes, not forgeries.
+    """
+    sums = {name: _word_sums(*_local_part(parameter)) for name, parameter in model.named_parameters()}
+    sums_of_ranks = cluster.gather_objects(sums)
+    digests = {}
+    for name, parameter in model.named_parameters():
+        shape = "x".join(map(str, getattr(parameter, "ds_shape", parameter.shape)))
+        totals = [sum(numbers) % 2**64 for numbers in zip(*(of_rank[name] for of_rank in sums_of_ranks), strict=True)]
+        digests[name] = f"{shape} {totals[0]:016x}{totals[1]:016x}"
+    return digests
+
+
+def _word_sums(part: torch.Tensor, start: int) -> tuple[int, int]:
+    """The sum of the words of a flat part, and that of words times their positions in the whole, exactly."""
+    words = part.contiguous().view(torch.int16 if part.element_size() % 2 == 0 else torch.int8)
+    position = start * part.element_size() // words.element_size()
+    # Sums within a block stay below 2^53, so float64, for which there is a fast product, has no rounding.
+    factors = torch.ones(2, WORDS_AT_ONCE, dtype=torch.float64, device=words.device)
+    factors[1] = torch.arange(WORDS_AT_ONCE)
+    total = weighted = 0
+    for block in words.split(WORDS_AT_ONCE):
+        plain, by_position = (factors[:, : len(block)] @ block.double()).tolist()
+        total += int(plain)
+        weighted += int(by_position) + position * int(plain)
+        position += len(block)
+    return total, weighted
 
 
 def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:

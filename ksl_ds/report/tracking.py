@@ -5,6 +5,7 @@ Choices and what they cost:
 - wandb never stops or holds up a training. It is asked for things in threads of limited patience, and at the first
   failure it is dropped with one line; metrics.jsonl holds every number in any case. `auto` goes online only when a key
   is configured and the server answers, so that a machine without network starts at once.
+- A run folder is one run of wandb, whose id it keeps in `wandb/run_id`: a resumed run continues it.
 - wandb captures neither the console nor the repository (a remote's address can carry a token); the price is that its
   pages show neither. Its scratch folders lie in the run folder, so deleting that folder leaves nothing behind.
 - NaN and infinities become null, since JSON has no word for them.
@@ -20,6 +21,8 @@ import math
 import netrc
 import os
 import platform
+import re
+import secrets
 import subprocess
 import threading
 import time
@@ -165,19 +168,20 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
     run, reason = None, ""
     try:
         (run_dir / "wandb").mkdir(exist_ok=True)  # wandb would fall back to the system's temporary folder
+        run_id = wandb_run_id(run_dir)
         if asked != "offline":
             reason = within(START_SECONDS, lambda: _why_offline(probe=asked == "auto"))
             try:
-                run = None if reason else within(START_SECONDS, lambda: _init_wandb(run_dir, recipe, "online"))
+                run = None if reason else within(START_SECONDS, lambda: _init_wandb(run_dir, recipe, "online", run_id))
             except Exception as error:  # a rejected key, a server that stops answering
                 reason = brief(error)
-        run = run or within(START_SECONDS, lambda: _init_wandb(run_dir, recipe, "offline"))
+        run = run or within(START_SECONDS, lambda: _start_offline(run_dir, recipe, run_id, tried_online=bool(reason)))
     except Exception as error:  # no disk, a broken installation: the run is worth more than its tracking
         cluster.say(f"warning: no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
         return None
     if run.offline:
         cluster.say(
-            f"wandb: offline{reason and f' ({reason})'}; upload with `wandb sync {run.dir.removesuffix('/files')}`"
+            f"wandb: offline{reason and f' ({reason})'}; upload with `wandb sync {run_dir / 'wandb' / 'offline-run-*'}`"
         )
     else:
         cluster.say(f"wandb: {run.url}")
@@ -200,7 +204,26 @@ def why_offline() -> str:
         return brief(error)
 
 
-def _init_wandb(run_dir: Path, recipe: Recipe, mode: Literal["online", "offline"]) -> Any:
+def _start_offline(run_dir: Path, recipe: Recipe, run_id: str, *, tried_online: bool) -> Any:
+    if tried_online:
+        import wandb
+
+        wandb.teardown()  # a run that could not start online keeps its id in use
+    return _init_wandb(run_dir, recipe, "offline", run_id)
+
+
+def wandb_run_id(run_dir: Path) -> str:
+    """The id of the run folder's wandb run: the one that it keeps, or a new one, which it then keeps."""
+    path = run_dir / "wandb" / "run_id"
+    with suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch(r"\w{1,64}", kept := path.read_text(encoding="utf-8").strip(), re.ASCII):
+            return kept
+    made = secrets.token_hex(4)
+    write_text(path, made + "\n")
+    return made
+
+
+def _init_wandb(run_dir: Path, recipe: Recipe, mode: Literal["online", "offline"], run_id: str) -> Any:
     import wandb
 
     settings: dict[str, Any] = {
@@ -219,6 +242,8 @@ def _init_wandb(run_dir: Path, recipe: Recipe, mode: Literal["online", "offline"
         project=recipe.tracking.project,
         entity=recipe.tracking.entity,
         name=recipe.tracking.name or run_dir.name,
+        id=run_id,
+        resume="allow",
         config=clean(recipe),
         settings=wandb.Settings(**settings),
     )

@@ -119,6 +119,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     _refuse_other_types(path, given, config, "")
     found: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    if _select(given, "zero_optimization.overlap_comm") is None:  # DeepSpeed's class has set it by the stage
+        found.get("zero_optimization", {}).pop("overlap_comm", None)
     return found
 
 

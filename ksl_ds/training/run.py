@@ -1,7 +1,8 @@
 """A run: what was asked for, on which text and model, where it is written, and what of it is done already.
 
 Everything that a user can get wrong is checked before the run folder exists, on every rank at once. With resume=auto an
-existing folder is gone on with: the recipe and the text must be the same, and stages in its results.json are done.
+existing folder is gone on with: the recipe, the text and what inputs.json records must be the same, and stages in its
+results.json are done.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import ModelFolder
-from ksl_ds.model.load import free_weights, load_model, open_folder
+from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
 from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
@@ -32,6 +33,7 @@ from ksl_ds.text.batches import Example, encode_corpus
 from ksl_ds.text.corpus import Corpus, load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
+from ksl_ds.training.inputs import check_inputs, inputs_of, record_inputs
 
 LOCK = ".lock"
 
@@ -93,6 +95,8 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
     before = cluster.on_main(lambda: results_before(run_dir, recipe))
     cluster.on_main(lambda: check_tokenizer(recipe.evaluation.tokenize))
     folder = open_folder(recipe.model)
+    inputs = cluster.on_main(lambda: inputs_of(recipe, folder, config))
+    cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
     with cluster.together():
         tokenizer = folder.tokenizer()
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
@@ -112,13 +116,15 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         cluster.say(corpus.summary())
     cluster.say(f"loading {folder.path} on {cluster.world_size()} ranks")
     model = load_model(recipe, folder, config)
+    inputs["weights"] = weight_digests(model)
     prompts = [prompt.encode_source(pair.source) for pair in corpora["test"].pairs]
     with folder_taken(run_dir):
         # Once more, as another process may have gone on with the run while this one loaded the model.
         before = cluster.on_main(lambda: results_before(run_dir, recipe))
         results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
         results |= (before or {}) | {"environment": hardware_and_versions()}
-        cluster.on_main(lambda: _begin(run_dir, recipe, results["stages"]))
+        cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
+        cluster.on_main(lambda: _begin(run_dir, recipe, inputs, results["stages"]))
         with Tracker(run_dir, recipe) as tracker:
             run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
             run.save_results()
@@ -183,10 +189,12 @@ def folder_taken(folder: Path) -> Iterator[None]:
             lock.close()
 
 
-def _begin(run_dir: Path, recipe: Recipe, stages: Iterable[str]) -> None:
+def _begin(run_dir: Path, recipe: Recipe, inputs: dict[str, Any], stages: Iterable[str]) -> None:
     """What the folder needs, and no checkpoints within trainings that are over, should the last process have died there."""
-    if not (run_dir / "recipe.yaml").exists():
+    resumes = (run_dir / "recipe.yaml").exists()
+    if not resumes:
         save_recipe(recipe, run_dir / "recipe.yaml")
+    record_inputs(run_dir, inputs, resumes=resumes)
     for stage in stages:
         shutil.rmtree(run_dir / "checkpoints" / f"{stage}_steps", ignore_errors=True)
 

@@ -24,6 +24,11 @@ def test_every_method_goes_on_to_the_bit(job):  # noqa: F811
     succeeds(launch(2, HERE / "ranks_resume.py", cwd=job, timeout=500))
 
 
+def test_what_has_changed_since_the_start_is_named(job):  # noqa: F811
+    done = succeeds(launch(2, HERE / "ranks_inputs.py", cwd=job, timeout=500))
+    assert done.stdout.count("warning: the run in run recorded no inputs.json") == 1
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 24 MB."""

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 import wandb
 from conftest import ENVIRONMENT
 from matplotlib.figure import Figure
+from wandb.proto import wandb_internal_pb2
 
 from ksl_ds.errors import UserError
 from ksl_ds.recipe import Recipe
@@ -144,7 +147,9 @@ def test_offline_tracking_lies_in_the_run_folder_alone_and_holds_no_secret(tmp_p
         [sys.executable, "-c", OFFLINE_RUN], cwd=tmp_path / "work", env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("wandb: offline (127.0.0.1 does not answer); upload with `wandb sync run/wandb/")
+    assert process.stdout.startswith(
+        "wandb: offline (127.0.0.1 does not answer); upload with `wandb sync run/wandb/offline-run-*`"
+    )
     assert process.stdout.count("\n") == 1 and process.stderr == ""
 
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [".git", "run"]
@@ -159,6 +164,46 @@ def test_offline_tracking_lies_in_the_run_folder_alone_and_holds_no_secret(tmp_p
     assert len(list(folder.glob("files/media/images/curves*.png"))) == 1
     written = [path.read_bytes() for path in (tmp_path / "work/run").rglob("*") if path.is_file()]
     assert not any(KEY.encode() in content or b"git.example" in content for content in written)
+
+
+def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """What a .wandb file holds: a header of 7 bytes, then records in blocks of 32 KiB, in LevelDB's log format."""
+    content, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+@pytest.mark.parametrize("kept", [None, "no/id", "\udcff"])
+def test_a_resumed_run_continues_the_same_wandb_run(run_dir, kept):
+    for step in (1, 2):
+        with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
+            tracker.log("embed_tuning", step, loss=float(step))
+        time.sleep(1.1)  # wandb names a folder by its second
+    if kept is not None:  # a damaged record of the id: a run of its own
+        (run_dir / "wandb" / "run_id").write_bytes(kept.encode("utf-8", "surrogateescape"))
+        with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
+            tracker.log("embed_tuning", 3, loss=3.0)
+    starts, losses = [], []
+    for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for record in records(path):
+            if record.HasField("run"):
+                starts.append((record.run.run_id, record.run.resume))
+            for item in record.history.item:
+                if (item.key or "/".join(item.nested_key)) == "embed_tuning/loss":
+                    losses.append(float(item.value_json))
+    assert losses == [1.0, 2.0] + ([3.0] if kept is not None else [])
+    assert starts[0] == starts[1] and starts[0][1] is True  # `wandb sync` appends to the run of that id
+    assert len({number for number, _ in starts}) == (1 if kept is None else 2)
+    assert (run_dir / "wandb" / "run_id").read_text() == starts[-1][0] + "\n"
 
 
 @pytest.mark.parametrize(("mode", "variable"), [("off", "online"), ("auto", "disabled")])
