@@ -3,7 +3,7 @@
 #
 #     bash launch/quickstart.sh [key=value ...]        for example: bash launch/quickstart.sh draw.alpha=.25
 #
-# Needs Python >= 3.10 and a C++ compiler; runs on all GPUs, or as 2 processes on the CPU where there are none.
+# Needs Python >= 3.10; runs on all GPUs, or as 2 processes on the CPU where there are none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh quickstart

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+# Ends what hangs, and nothing else: far more than anything takes on a slow and busy machine.
+HANG_SECONDS = 1800
 ENVIRONMENT = {
     **os.environ,
     "DS_ACCELERATOR": "cpu",
@@ -19,6 +21,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    # Nothing may be compiled: a process killed meanwhile would leave a lock on which all later ones wait.
+    "TORCH_EXTENSIONS_DIR": os.devnull,
     # The checkout that is tested, wherever the installed package points; rank scripts import tiny.py.
     "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
 }
@@ -30,7 +34,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(ranks: int, *words: object, cwd: Path, timeout: float = 300, **environment: str):
+def launch(ranks: int, *words: object, cwd: Path, timeout: float = HANG_SECONDS, **environment: str):
     """`deepspeed --num_accelerators RANKS WORDS...`; returns the finished process with stdout and stderr as text.
 
     WORDS are a script and its arguments, or `--module`, a module and its arguments. Ranks that outlive the
@@ -40,7 +44,7 @@ def launch(ranks: int, *words: object, cwd: Path, timeout: float = 300, **enviro
     return run(*command, cwd=cwd, timeout=timeout, **environment)
 
 
-def run(*command: object, cwd: Path, timeout: float = 300, **environment: str):
+def run(*command: object, cwd: Path, timeout: float = HANG_SECONDS, **environment: str):
     """Runs a command to its end in a process group of its own, so that nothing of it survives a timeout."""
     with subprocess.Popen(
         [str(word) for word in command],

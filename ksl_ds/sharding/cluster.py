@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,7 +24,6 @@ from tqdm import tqdm
 from ksl_ds.errors import LostRanks, UserError
 
 Item = TypeVar("Item")
-SECONDS_TO_COMPILE = 120
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -41,41 +39,10 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with _told_of_locks():
-        deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
-    if not torch.cuda.is_available():
-        # DeepSpeed's collectives on CPUs leave 69 MB of shared memory a rank behind for good. All ranks have mapped each
-        # other's once they are here; without its name it goes with the processes, however they end.
-        barrier()
-        owner = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-        with suppress(OSError):
-            Path(f"/dev/shm/deepspeed_allreduce_buffer_{owner}_{rank()}").unlink()
-
-
-@contextmanager
-def _told_of_locks() -> Iterator[None]:
-    """Says what is waited for when DeepSpeed's compiled operations do not come: a process killed meanwhile leaves a lock."""
-
-    def tell() -> None:
-        from torch.utils.cpp_extension import get_default_build_root
-
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-        for lock in Path(root).glob("**/lock"):
-            print(
-                "ksl-ds: waiting for another process to compile DeepSpeed's operations; if there is none, one was killed "
-                f"while it did: delete {lock} and start again",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    timer = threading.Timer(SECONDS_TO_COMPILE, tell)
-    timer.daemon = True
-    if is_first_on_host():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    # DeepSpeed would compile shared-memory collectives on CPU (a minute, a lock that a killed process leaves behind for all
+    # later jobs, 69 MB of /dev/shm a rank). Only its tensor-parallel inference calls them: training and we use gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
 
 
 # What gloo, NCCL and the rendezvous say when a rank, its host or the network is gone.

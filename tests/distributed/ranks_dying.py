@@ -12,7 +12,7 @@ from ksl_ds.sharding.draw import sharded_shift
 from ksl_ds.sharding.engine import quiet_libraries
 from ksl_ds.sharding.rows import RowShard
 
-cluster.start(timeout=timedelta(seconds=60))
+cluster.start(timeout=timedelta(minutes=5))
 quiet_libraries(False)
 embedding = nn.Embedding(101, 7)
 deepspeed.zero.Init(

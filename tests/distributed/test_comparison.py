@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, free_port, launch, run, succeeds
+from conftest import ENVIRONMENT, HANG_SECONDS, free_port, launch, run, succeeds
 from tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -54,7 +54,7 @@ def stop_when(done, *words: object, cwd: Path) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + HANG_SECONDS
         while process.poll() is None and not done():
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -27,4 +27,4 @@ def test_every_configuration_trains(precision, tmp_path):
     make_model_folder(tmp_path / "model")
     write_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    succeeds(launch(2, Path(__file__).parent / "ranks_configs.py", precision, cwd=tmp_path, timeout=500))
+    succeeds(launch(2, Path(__file__).parent / "ranks_configs.py", precision, cwd=tmp_path))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, free_port, run, succeeds
+from conftest import ENVIRONMENT, HANG_SECONDS, free_port, run, succeeds
 from tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -120,7 +120,7 @@ def said(job: Path) -> str:
 def test_two_hosts_draw_the_ticket_of_one(hosts, job, ticket_of_one_host, slots):
     launchers = hosts.start(job, slots, "lottery", "recipe.yaml", f"run_dir=two{slots}", f"num_ranks={2 * slots}")
     for launcher in launchers:
-        assert launcher.wait(timeout=500) == 0, said(job)
+        assert launcher.wait(timeout=HANG_SECONDS) == 0, said(job)
     ticket = json.loads((job / f"two{slots}/ticket/ticket.json").read_text())
     assert len(ticket["token_ids"]) > 0
     for name in ("token_ids", "count"):
@@ -133,7 +133,7 @@ def test_check_finds_a_run_folder_that_is_not_shared(hosts, job):
     words = ("check", "recipe.yaml", "run_dir=runs/new", "num_ranks=2")
     for own, status in ((None, "ok"), (job / "runs", "failed")):
         launchers = hosts.start(job, 1, *words, own=own)
-        codes = [launcher.wait(timeout=200) for launcher in launchers]
+        codes = [launcher.wait(timeout=HANG_SECONDS) for launcher in launchers]
         (line,) = [line for line in (job / "out0").read_text().splitlines() if line[8:].startswith(" run_dir ")]
         assert line.startswith(status) and ("must be on a file system that all share" in line) == (status == "failed")
         assert (codes[0] == 0) == (status == "ok"), said(job)
@@ -145,7 +145,7 @@ def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> li
     words = ("lottery", "recipe.yaml", f"run_dir={name}", "embed_tuning.max_steps=1000000", *words)
     launchers = hosts.start(job, 1, *words)
     metrics = job / name / "metrics.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG_SECONDS
     while not (metrics.exists() and "embed_tuning" in metrics.read_text()):
         assert time.monotonic() < deadline and launchers[0].poll() is None, said(job)
         time.sleep(0.2)
@@ -155,7 +155,7 @@ def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> li
 def assert_ended(hosts: Hosts, job: Path, name: str, launchers: list[subprocess.Popen], telling: list[int]) -> None:
     """No launcher succeeds, the ranks in `telling` say why in one line, no process stays, what was logged is whole."""
     for launcher in launchers:
-        assert launcher.wait(timeout=200) != 0, said(job)
+        assert launcher.wait(timeout=HANG_SECONDS) != 0, said(job)
     for number in telling:
         text = (job / f"err{number}").read_text()
         messages = [line for line in text.splitlines() if "ksl-ds:" in line]
@@ -168,7 +168,7 @@ def assert_ended(hosts: Hosts, job: Path, name: str, launchers: list[subprocess.
 
 def test_fault_a_host_is_cut_off_in_training(hosts, job):
     """Nobody is told, so both sides wait for the timeout; then they end by themselves."""
-    launchers = training_on_two_hosts(hosts, job, "cut", "timeout_minutes=.5")
+    launchers = training_on_two_hosts(hosts, job, "cut", "timeout_minutes=1")
     hosts.cut()
     assert_ended(hosts, job, "cut", launchers, telling=[0, 1])
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, free_port, launch, succeeds
+from conftest import ENVIRONMENT, HANG_SECONDS, free_port, launch, succeeds
 from test_lottery import job, losses  # noqa: F401  (job is a fixture)
 
 HERE = Path(__file__).parent
 
 
 def test_every_method_goes_on_to_the_bit(job):  # noqa: F811
-    succeeds(launch(2, HERE / "ranks_resume.py", cwd=job, timeout=500))
+    succeeds(launch(2, HERE / "ranks_resume.py", cwd=job))
 
 
 def test_what_has_changed_since_the_start_is_named(job):  # noqa: F811
@@ -46,7 +46,7 @@ def small_disk(tmp_path):
 def test_damaged_checkpoints_and_a_full_disk(job, small_disk):  # noqa: F811
     for name in ("model", "pairs.jsonl", "recipe.yaml", "ds.json"):
         (shutil.copytree if (job / name).is_dir() else shutil.copy)(job / name, small_disk / name)
-    succeeds(launch(2, HERE / "ranks_damage.py", cwd=small_disk, timeout=500))
+    succeeds(launch(2, HERE / "ranks_damage.py", cwd=small_disk))
 
 
 def test_fault_a_rank_is_killed_while_saving(job):  # noqa: F811
@@ -76,9 +76,9 @@ class Job:
             start_new_session=True,
         )
 
-    def wait_for(self, stage: str, steps: int, timeout: float = 240) -> None:
+    def wait_for(self, stage: str, steps: int) -> None:
         """Until so many steps of the stage are logged."""
-        ends = time.monotonic() + timeout
+        ends = time.monotonic() + HANG_SECONDS
         while time.monotonic() < ends and self.process.poll() is None:
             log = self.folder / "run/metrics.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
@@ -91,15 +91,15 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         return [p for p in self.process.children(recursive=True) if any("--local_rank" in w for w in p.cmdline())]
 
-    def end(self, timeout: float = 120) -> str:
+    def end(self) -> str:
         """Waits for the end of all processes and returns what they printed."""
         everybody = self.process.children(recursive=True)
         try:
-            out, _ = self.process.communicate(timeout=timeout)
+            out, _ = self.process.communicate(timeout=HANG_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
             pytest.fail("the job did not end")
-        _, alive = psutil.wait_procs(everybody, timeout=30)
+        _, alive = psutil.wait_procs(everybody, timeout=HANG_SECONDS)
         assert alive == []
         return out
 
@@ -114,7 +114,7 @@ LONGER = ("checkpoint.every=2", "embed_tuning.max_steps=16", "partial_tuning.max
 def test_a_lottery_survives_kill_and_sigterm(job):  # noqa: F811
     """SIGKILL of one rank at a random step of embed tuning, SIGTERM to the launcher in partial tuning, the end on one rank."""
     whole = Job(job, 2)
-    whole.end(timeout=240)
+    whole.end()
     assert whole.process.returncode == 0
     (job / "run").rename(job / "whole")
 
@@ -137,7 +137,7 @@ def test_a_lottery_survives_kill_and_sigterm(job):  # noqa: F811
 
     # The rows' checkpoint is of kilobytes, and another number of ranks reads it.
     resumed = Job(job, 1, "resume=auto")
-    out = resumed.end(timeout=240)
+    out = resumed.end()
     assert resumed.process.returncode == 0, out[-3000:]
     assert losses(job / "run", "embed_tuning") == losses(job / "whole", "embed_tuning")
     tickets = [json.loads((job / run / "ticket/ticket.json").read_text()) for run in ("run", "whole")]

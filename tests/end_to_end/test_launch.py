@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run
+from conftest import HANG_SECONDS, REPOSITORY, run
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ["single_node.sh", "multi_node.sh", "slurm.sbatch"]
@@ -37,7 +37,7 @@ if sys.argv[0].endswith("srun") and "SRUN_WAITS" in os.environ and "pkill" not i
         sys.exit(0)
     signal.signal(signal.SIGTERM, told)
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 sys.exit(1 if sys.argv[0].endswith("python") else 0)
 """
 
@@ -117,7 +117,7 @@ def test_slurm_hands_signals_to_the_ranks_and_queues_again(number, preempted, qu
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None and "waiting" in job.stdout.readline()
         job.send_signal(number)
-        job.communicate(timeout=30)
+        job.communicate(timeout=HANG_SECONDS)
     assert (job.returncode == 0) == queues
     started, told = calls(tmp_path, "srun")  # the ranks are told first, then, as these do not end, srun
     assert "torch.distributed.run" in started and told[-5:] == ["pkill", "-USR1", "-f", "--", "-u -m ksl_ds"]

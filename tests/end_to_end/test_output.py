@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, HANG_SECONDS
 from tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -34,14 +34,14 @@ def test_fault_nobody_reads_the_output_any_more(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as job:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + HANG_SECONDS
         while not (metrics.exists() and metrics.read_text()):
             assert time.monotonic() < deadline and job.poll() is None
             time.sleep(0.01)
         assert job.stdout is not None and job.stderr is not None
         job.stdout.close()
         job.stderr.close()
-        assert job.wait(timeout=200) == 0
+        assert job.wait(timeout=HANG_SECONDS) == 0
     steps = [line for line in metrics.read_text().splitlines() if '"learning_rate"' in line]
     assert len(steps) == 30
     assert json.loads((tmp_path / "run/results.json").read_text())["stages"]["embed_tuning"]["steps"] == 30

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HANG_SECONDS
 from html_requests import Page
 from PIL import Image
 from synthetic_certificate import COUNTEREXAMPLES, candidate
@@ -79,7 +80,7 @@ def browse(path: Path, *words: str) -> subprocess.CompletedProcess:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=True,
     )
 

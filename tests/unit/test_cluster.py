@@ -1,25 +1,29 @@
-"""What a rank says while it waits."""
+"""How a rank joins its job."""
 
 from __future__ import annotations
 
-import time
+import sys
+
+from conftest import run, succeeds
+
+START = """
+import os
+from pathlib import Path
 
 from ksl_ds.sharding import cluster
 
+cluster.start()
+assert list(Path("/dev/shm").glob(f"deepspeed*_{os.environ['MASTER_PORT']}_*")) == []
+cluster.stop()
+"""
 
-def test_a_lock_that_a_killed_process_left_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(cluster, "SECONDS_TO_COMPILE", 0.01)
-    (tmp_path / "operation").mkdir()
-    with cluster._told_of_locks():
-        time.sleep(0.5)
-    assert capsys.readouterr().err == ""
-    lock = tmp_path / "operation" / "lock"
+
+def test_fault_a_compile_was_killed_and_there_is_no_compiler(tmp_path):
+    """A lock in the folder of compiled operations, as a killed compile leaves it, makes nobody wait: nothing is compiled."""
+    lock = tmp_path / "extensions/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
     lock.touch()
-    with cluster._told_of_locks():
-        said = ""
-        deadline = time.monotonic() + 60
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.05)
-            said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"delete {lock} and start again" in said
+    (tmp_path / "empty").mkdir()
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "PATH": str(tmp_path / "empty")}
+    succeeds(run(sys.executable, "-c", START, cwd=tmp_path, **environment))
+    assert list((tmp_path / "extensions").rglob("*")) == [lock.parent, lock]
