@@ -187,11 +187,12 @@ def test_a_resumed_run_continues_the_same_wandb_run(run_dir, kept):
     for step in (1, 2):
         with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
             tracker.log("embed_tuning", step, loss=float(step))
-        time.sleep(1.1)  # wandb names a folder by its second
+        time.sleep(1.1)  # wandb names a folder by the second
     if kept is not None:  # a damaged record of the id: a run of its own
         (run_dir / "wandb" / "run_id").write_bytes(kept.encode("utf-8", "surrogateescape"))
         with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
             tracker.log("embed_tuning", 3, loss=3.0)
+    wandb.teardown()  # its service writes the last lines
     starts, losses = [], []
     for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for record in records(path):
