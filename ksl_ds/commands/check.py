@@ -27,12 +27,14 @@ from ksl_ds.recipe import Recipe
 from ksl_ds.report.tables import size
 from ksl_ds.report.tracking import hardware_and_versions, tracking_mode, why_offline
 from ksl_ds.sharding import cluster
+from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.sharding.estimate import fewest_ranks, rank_needs
 from ksl_ds.text.batches import encode_corpus
 from ksl_ds.text.corpus import load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
+from ksl_ds.training.inputs import check_inputs, inputs_of
 from ksl_ds.training.run import corpus_sha256, results_before
 
 # By the recipe's `method`; a lottery needs most in embed tuning, prefix tuning less than LoRA.
@@ -95,7 +97,7 @@ def run(recipe: Recipe) -> None:
     environment = hardware_and_versions()
     versions = checks.on_all("versions", lambda: (_versions_line(environment), environment["versions"]))
     checks.same("versions", versions, "other versions")
-    checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", config_of_rank_0(recipe)))
+    configs = checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", config_of_rank_0(recipe)))
     device_check(checks, recipe)
     folder = model_check(checks, recipe)
     longest = text_check(checks, recipe, folder) if folder is not None else None
@@ -106,6 +108,8 @@ def run(recipe: Recipe) -> None:
         if folder is not None:
             memory_check(checks, recipe, longest, memory)
             disk_check(checks, recipe, folder)
+            if configs is not None:
+                resume_check(checks, recipe, folder, configs[0])
     checks.failed = cluster.from_main(checks.failed)
     if checks.failed:
         raise UserError(f"{checks.failed} check{'s' if checks.failed > 1 else ''} failed; see the list")
@@ -307,15 +311,27 @@ def _probe_file(folder: Path) -> str | None:
 
 def disk_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> None:
     """Rank 0 can write what the run leaves: a model, of which unchanged files are linked where the disk allows."""
-    run_dir, there = Path(recipe.run_dir), _nearest(recipe)
+    there = _nearest(recipe)
     free, needed = shutil.disk_usage(there).free, sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     if not os.access(there, os.W_OK):
         checks.add("failed", "disk", f"{there} cannot be written")
         return
+    line = f"{size(free)} free at {there}; the run writes a model of up to {size(needed)}"
+    checks.add("failed" if free < needed else "ok", "disk", line)
+
+
+def resume_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> None:
+    """What the run folder holds can be resumed, as far as is known before the weights are loaded."""
+    run_dir = Path(recipe.run_dir)
     try:
-        results_before(run_dir, recipe)
+        before = results_before(run_dir, recipe)
+        check_inputs(run_dir, recipe, inputs_of(recipe, folder, config))
+        for steps in sorted((run_dir / "checkpoints").glob("*_steps")):
+            by_rows = steps.name == "partial_tuning_steps" and recipe.partial_tuning.mode == "rows"
+            Checkpoints(steps, recipe.checkpoint.keep_last).check_newest(any_world_size=by_rows)
     except UserError as error:
-        checks.add("failed", "disk", str(error))
+        checks.add("failed", "resume", str(error))
     else:
-        line = f"{size(free)} free at {there}; the run writes a model of up to {size(needed)}"
-        checks.add("failed" if free < needed else "ok", "disk", line)
+        if before is not None:
+            done = ", ".join(before["stages"]) or "no stage"
+            checks.add("ok", "resume", f"{run_dir} goes on, {done} done; weights are compared when they are loaded")

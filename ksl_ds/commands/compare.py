@@ -48,6 +48,7 @@ from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import ids_of_draw
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluate import evaluate_stage, score_copying
+from ksl_ds.training.inputs import INPUTS, differing_model, read_inputs
 from ksl_ds.training.run import Run, folder_taken, open_run
 
 Outcome = dict[str, Any]  # as comparison.py describes it
@@ -171,6 +172,7 @@ class UnavailableRow(UserError):
 def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) -> None:
     """One run with its own folder. Raises UserError."""
     with open_run(wanted) as run:
+        cluster.on_main(lambda: _check_same_model(comparison, run.dir))
         score_copying(run)
         shard = RowShard(run.model.get_input_embeddings().weight)
         if entry.method == "untuned":
@@ -188,6 +190,20 @@ def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) 
             evaluate_stage(run, entry.stage, trained_parameters=ticket.rows_KD.numel(), tuned=run.dir / "ticket")
         else:
             tune_ticket(run, shard, _ticket(comparison, entry, seed, run, shard))
+
+
+def _check_same_model(comparison: Comparison, run_dir: Path) -> None:
+    """Raises UserError where an entry that was found had another base model than the run in `run_dir`, which starts."""
+    ours = read_inputs(run_dir)
+    for outcome in (outcome for by_seed in comparison.outcomes.values() for outcome in by_seed.values()):
+        theirs = read_inputs(comparison.home / outcome["folder"]) if "folder" in outcome else None
+        name = differing_model(theirs, ours) if theirs and ours else None
+        if name:
+            (run_dir / INPUTS).unlink()  # so that the entry runs with the model that the others had
+            raise UserError(
+                f"the model {comparison.recipe.model.path} has changed since {comparison.home / outcome['folder']} was run "
+                f"({name} differs); restore it or choose another run_dir"
+            )
 
 
 def _ticket(comparison: Comparison, entry: Entry, seed: int, run: Run, shard: RowShard) -> Ticket:

@@ -175,7 +175,13 @@ def load_draw(run: Run, shard: RowShard) -> tuple[Shift, Ticket]:
         shift = load_shift(checkpoints / DRAW_FILE)
         ids_K = ids_of_draw(shift, recipe.draw, seed=recipe.seed, frequency_V=token_frequency(run))
     if len(ids_K):
-        return shift, load_ticket(run, shard, str(checkpoints / "partial_transfer"))
+        ticket = load_ticket(run, shard, str(checkpoints / "partial_transfer"))
+        if ticket.token_ids != ids_K.tolist():
+            raise UserError(
+                f"{checkpoints / 'partial_transfer'} is not the ticket that {checkpoints / DRAW_FILE} selects; restore "
+                "both, or choose another run_dir"
+            )
+        return shift, ticket
     empty_KD = torch.empty(0, shard.row_length)
     draw = recipe.draw
     return shift, make_ticket(

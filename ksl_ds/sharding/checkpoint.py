@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,18 +102,20 @@ class Checkpoints:
                 cluster.say(f"warning: checkpoint {folder} is damaged ({damage}); the one before is taken")
                 continue
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            same_ranks = state["world_size"] == cluster.world_size()
-            if not (same_ranks or training.any_world_size):
-                raise UserError(
-                    f"checkpoint {folder} was written by {state['world_size']} ranks, and DeepSpeed cannot deal it out to "
-                    f"{cluster.world_size()}; start {state['world_size']} ranks (only partial_tuning.mode=rows can "
-                    "change their number)"
-                )
+            check_ranks(folder, state["world_size"], training.any_world_size)
             training.load(folder)
-            if same_ranks:
+            if state["world_size"] == cluster.world_size():
                 _set_generators(safetensors.torch.load_file(folder / f"rank-{cluster.rank():05d}.safetensors"))
             return state
         return None
+
+    def check_newest(self, any_world_size: bool) -> None:
+        """Raises UserError where the newest checkpoint needs another number of ranks; damage is for `load` to find."""
+        for folder in self._newest_first()[:1]:
+            ranks = cluster.world_size()
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                ranks = json.loads((folder / STATE).read_text(encoding="utf-8"))["world_size"]
+            check_ranks(folder, ranks, any_world_size)
 
     def remove(self) -> None:
         """Removes all of them: the training is over and what it left is saved elsewhere."""
@@ -195,6 +198,15 @@ class Checkpoints:
         except (ValueError, TypeError, AttributeError):
             found = f"{MANIFEST} is broken"
         return next(filter(None, cluster.gather_objects(found)), None)
+
+
+def check_ranks(folder: Path, ranks: int, any_world_size: bool) -> None:
+    """Raises UserError where a checkpoint that so many ranks wrote cannot be loaded by the ranks there are."""
+    if ranks != cluster.world_size() and not any_world_size:
+        raise UserError(
+            f"checkpoint {folder} was written by {ranks} ranks, and DeepSpeed cannot deal it out to "
+            f"{cluster.world_size()}; start {ranks} ranks (only partial_tuning.mode=rows can change their number)"
+        )
 
 
 def file_sha256(path: Path) -> str:

@@ -13,8 +13,11 @@ from tiny import make_model_folder, write_pairs
 from ksl_ds.commands import check
 from ksl_ds.commands.check import Checklist
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.model.folder import ModelFolder
+from ksl_ds.recipe import Recipe, load_recipe, save_recipe
 from ksl_ds.report import tracking
+from ksl_ds.sharding.engine import deepspeed_config
+from ksl_ds.training.inputs import inputs_of, record_inputs
 
 RECIPE = """
 run_dir: run
@@ -108,6 +111,38 @@ def test_a_run_folder_that_is_in_use_fails(job, capsys):
     shown = lines(capsys, "num_ranks=1")
     assert any(line.startswith("failed") and "already holds a run" in line for line in shown)
     assert shown[-1] == "1 check failed; see the list"
+
+
+def test_what_resume_would_fail_on_is_named(job, capsys):
+    """A run of two ranks was started and cut off; one of its inputs changes after the other."""
+    words = ["run_dir=run", "resume=auto", "num_ranks=1"]
+    recipe = load_recipe(Recipe, "recipe.yaml", words)
+    (job / "run").mkdir()
+    save_recipe(recipe, job / "run/recipe.yaml")
+    (job / "run/results.json").write_text(json.dumps({"stages": {"untuned": {}}, "text": {}}))
+    found = inputs_of(recipe, ModelFolder(job / "model"), deepspeed_config(recipe)) | {"weights": {}}
+    record_inputs(job / "run", found, resumes=False)
+    shown = lines(capsys, *words)
+    assert failed(shown) == [] and any(
+        line.startswith("ok       resume     run goes on, untuned done") for line in shown
+    )
+
+    def fails(said: str, *more: str) -> None:
+        shown = lines(capsys, *words, *more)
+        assert failed(shown) == ["resume"] and any(said in line for line in shown), shown
+
+    fails("training.clip=1.0, and now it is 2.0", "training.clip=2")
+    checkpoint = job / "run/checkpoints/embed_tuning_steps/step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"world_size": 2}')
+    fails("step-00000004 was written by 2 ranks, and DeepSpeed cannot deal it out to 1")
+    checkpoint.parent.rename(job / "run/checkpoints/partial_tuning_steps")  # rows go to any number of ranks
+    assert failed(lines(capsys, *words)) == []
+    (job / "run/inputs.json").write_text(json.dumps(found | {"deepspeed": {}}))
+    fails("zero3.json has changed since the run in run was started (bf16.enabled was None and is False)")
+    (job / "run/inputs.json").write_text(json.dumps(found))
+    (job / "model/generation_config.json").unlink()
+    fails("the model model has changed since the run in run was started (generation_config.json differs)")
 
 
 def test_wandb_out_of_reach_is_a_warning(job, capsys, monkeypatch):

@@ -432,3 +432,19 @@ def test_sizes_of_files():
 
 def test_made_up_translations_are_what_the_tests_take_them_for():
     assert rambling(3).startswith(poor(3)) and perfect(3) == REFERENCES[3]
+
+
+def test_an_entry_with_another_base_model_is_refused(tmp_path):
+    """Entries that were found keep their model; one that starts with another is no comparison."""
+    parts = {"deepspeed": {}, "model_files": {"config.json": "a"}, "ticket": None}
+    weights = {"old": "4 01", "same": "4 01", "changed": "4 02"}
+    for name, digest in weights.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inputs.json").write_text(json.dumps({**parts, "weights": {"embed.weight": digest}}))
+    (tmp_path / "before").mkdir()  # by a version that recorded nothing
+    outcomes = {"untuned": {0: {"folder": "before"}}, "lora": {0: {"missing": "it"}, 1: {"folder": "old"}}}
+    comparison = compare.Comparison(recipe(), tmp_path, outcomes)
+    compare._check_same_model(comparison, tmp_path / "same")
+    with pytest.raises(UserError, match=r"the model m has changed since .*old was run \(embed.weight differs\)"):
+        compare._check_same_model(comparison, tmp_path / "changed")
+    assert not (tmp_path / "changed" / "inputs.json").exists() and (tmp_path / "old" / "inputs.json").exists()
