@@ -104,10 +104,10 @@ def _command(command: str, words: list[str]) -> Callable[[], None]:
         words = [f"model={words[0]}", *words[1:]]
     file = words[0] if words and "=" not in words[0] else None
     recipe = recipes.load_recipe(getattr(recipes, SCHEMA[command]), file, words[1:] if file else words)
-    return lambda: _on_ranks(command, recipe)
+    return lambda: _on_ranks(command, recipe, file)
 
 
-def _on_ranks(command: str, recipe: object) -> None:
+def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
     # Each rank is a process of its own: tokenizers' threads would only compete, and warn about forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ksl_ds.sharding import cluster
@@ -117,9 +117,19 @@ def _on_ranks(command: str, recipe: object) -> None:
     timeout = timedelta(minutes=getattr(recipe, "timeout_minutes", 30.0))
     with cluster.lost_ranks_named(timeout):
         cluster.start(timeout)
-        quiet_libraries(recipe.verbose)  # type: ignore[attr-defined]
+        quiet_libraries(recipe.verbose)
+        _say_what_is_shipped(file or getattr(recipe, "model", None), "recipes")
+        _say_what_is_shipped(getattr(recipe, "deepspeed", None), "ds_configs")
         importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
         cluster.stop()
+
+
+def _say_what_is_shipped(name: object, folder: str) -> None:
+    from ksl_ds.recipe import shipped_file
+    from ksl_ds.sharding import cluster
+
+    if isinstance(name, str) and (path := shipped_file(name, folder)) != Path(name):
+        cluster.say(f"{name} is the file that comes with ksl_ds, {path}")
 
 
 class _Lasting(io.FileIO):

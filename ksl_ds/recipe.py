@@ -1,173 +1,213 @@
 """What a run is: typed sections, every default once, one clear sentence for every mistake.
 
-A recipe is a YAML file merged over the dataclasses below; `key=value` words of the command line come last.
-The help of a key is its `metadata["help"]`; `ksl-ds COMMAND --help` prints it from here, so it is written once.
+A recipe is a YAML file merged over the dataclasses below; `key=value` words of the command line come last. YAML gives the
+structure alone: what a value means is decided by its key's type, so `no`, `1e3` or a date is text where the key takes text.
+The help of a key is its description and its range is part of its type; `ksl-ds COMMAND --help` prints both from here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 import re
-from dataclasses import dataclass, field
+import typing
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
 
 PACKAGE_DIR = Path(__file__).parent
+MISSING = "???"  # of a key that must be given
+NULL = ("", "~", "null", "Null", "NULL")  # as in YAML: a key that may be empty is empty
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it must be text that UTF-8 can write") from None
+    return text
+
+
+def _one_line(text: str) -> str:
+    if CONTROL.search(text):
+        raise ValueError("it must be one line without control characters")
+    return text
+
+
+# Numbers are finite, and so small that no library below us overflows.
+Count = Annotated[int, Field(gt=0, le=10**9)]
+BatchSize = Annotated[int, Field(gt=0, le=10**6)]
+Rank = Annotated[int, Field(gt=0, le=2**16)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch takes no larger one
+Alpha = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[float, Field(ge=0.001, le=10**6)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Prose = Annotated[str, AfterValidator(_utf8)]
+Line = Annotated[Prose, AfterValidator(_one_line)]
 
 
 def key(default: Any, text: str) -> Any:
     """A dataclass field with its help text; lists and sections are copied for every recipe."""
-    if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
-        factory = default if isinstance(default, type) else lambda: type(default)(default)
-        return field(default_factory=factory, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=text)
+    if isinstance(default, type):
+        return Field(default_factory=default, description=text)
+    return Field(default=default, description=text)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Model:
-    path: str = key(MISSING, "folder or Hub id of a Hugging Face causal language model")
-    revision: Optional[str] = key(None, "branch, tag or commit of a Hub model")
+    path: Line = key(MISSING, "folder or Hub id of a Hugging Face causal language model")
+    revision: Line | None = key(None, "branch, tag or commit of a Hub model")
     trust_remote_code: bool = key(False, "run Python code that the model's repository ships")
     embedding_scope: Literal["input", "shared"] = key(
         "input", "for tied models: `input` leaves the output head as it is (the paper's), `shared` moves it too"
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Text:
-    train: list[str] = key([], "one file (.jsonl .csv .tsv .parquet .po) or Hub id, or two line-aligned text files")
-    valid: list[str] = key([], "the same for validation; empty: no validation loss")
-    test: list[str] = key([], "the same for the held-out text that every stage is scored on")
-    train_split: str = key("train", "split name, for a Hub id in text.train")
-    valid_split: str = key("validation", "split name, for a Hub id in text.valid")
-    test_split: str = key("test", "split name, for a Hub id in text.test")
-    hub_config: Optional[str] = key(None, "configuration name of a Hub dataset, such as en-fr")
-    source_column: str = key("source", "column of the source sentence; dots enter nested columns (translation.en)")
-    target_column: str = key("target", "column of the translation")
-    source_language: str = key("English", "name of the source language, for the prompt")
-    target_language: str = key("French", "name of the target language, for the prompt")
-    prompt: str = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
-    max_length: int = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
-    max_words: Optional[int] = key(None, "longest source or target in words; longer pairs are dropped")
-    max_train_pairs: Optional[int] = key(None, "at most so many training pairs, taken after a seeded shuffle")
-    max_valid_pairs: Optional[int] = key(None, "at most so many validation pairs")
-    max_test_pairs: Optional[int] = key(None, "at most so many test pairs")
-    seed: Optional[int] = key(None, "of the shuffle that text.max_..._pairs are taken after; empty: the run's seed")
+    train: list[Line] = key([], "one file (.jsonl .csv .tsv .parquet .po) or Hub id, or two line-aligned text files")
+    valid: list[Line] = key([], "the same for validation; empty: no validation loss")
+    test: list[Line] = key([], "the same for the held-out text that every stage is scored on")
+    train_split: Line = key("train", "split name, for a Hub id in text.train")
+    valid_split: Line = key("validation", "split name, for a Hub id in text.valid")
+    test_split: Line = key("test", "split name, for a Hub id in text.test")
+    hub_config: Line | None = key(None, "configuration name of a Hub dataset, such as en-fr")
+    source_column: Line = key("source", "column of the source sentence; dots enter nested columns (translation.en)")
+    target_column: Line = key("target", "column of the translation")
+    source_language: Line = key("English", "name of the source language, for the prompt")
+    target_language: Line = key("French", "name of the target language, for the prompt")
+    prompt: Prose = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
+    max_length: Count = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
+    max_words: Count | None = key(None, "longest source or target in words; longer pairs are dropped")
+    max_train_pairs: Count | None = key(None, "at most so many training pairs, taken after a seeded shuffle")
+    max_valid_pairs: Count | None = key(None, "at most so many validation pairs")
+    max_test_pairs: Count | None = key(None, "at most so many test pairs")
+    seed: Seed | None = key(None, "of the shuffle that text.max_..._pairs are taken after; empty: the run's seed")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Training:
-    batch_size: int = key(128, "pairs in a global batch: over all ranks and accumulation steps")
-    micro_batch_size: int = key(8, "pairs that one rank runs at once; the accumulation steps follow from it")
+    batch_size: BatchSize = key(128, "pairs in a global batch: over all ranks and accumulation steps")
+    micro_batch_size: BatchSize = key(8, "pairs that one rank runs at once; the accumulation steps follow from it")
     precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; the optimizer keeps fp32")
-    clip: float = key(1.0, "largest gradient norm; 0 switches clipping off")
+    clip: NotNegative = key(1.0, "largest gradient norm; 0 switches clipping off")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
-    log_every: int = key(1, "steps between two lines of metrics.jsonl")
-    valid_every: Optional[int] = key(None, "steps between two validation losses; empty: at the end of training only")
+    log_every: Count = key(1, "steps between two lines of metrics.jsonl")
+    valid_every: Count | None = key(None, "steps between two validation losses; empty: at the end of training only")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Tuning:
-    learning_rate: float = key(1e-3, "peak learning rate of AdamW")
-    epochs: float = key(3.0, "passes over the training text")
-    max_steps: Optional[int] = key(None, "optimizer steps; replaces epochs when given")
+    learning_rate: Positive = key(1e-3, "peak learning rate of AdamW")
+    epochs: Amount = key(3.0, "passes over the training text")
+    max_steps: Count | None = key(None, "optimizer steps; replaces epochs when given")
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "learning rate after the warm-up")
-    warmup: float = key(0.03, "share of the steps in which the learning rate rises, the first of W to 1/W of it")
-    weight_decay: float = key(0.0, "AdamW's decoupled decay; of ticket rows: towards their base values")
-    betas: list[float] = key([0.9, 0.999], "AdamW's averaging coefficients")
-    epsilon: float = key(1e-8, "AdamW's denominator term")
+    warmup: Share = key(0.03, "share of the steps in which the learning rate rises, the first of W to 1/W of it")
+    weight_decay: NotNegative = key(0.0, "AdamW's decoupled decay; of ticket rows: towards their base values")
+    betas: list[Share] = key([0.9, 0.999], "AdamW's averaging coefficients")
+    epsilon: Positive = key(1e-8, "AdamW's denominator term")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EmbedTuning(Tuning):
-    learning_rate: float = key(2e-5, "peak learning rate of AdamW; 2e-5 suits a 7B model, small ones need more")
+    learning_rate: Positive = key(2e-5, "peak learning rate of AdamW; 2e-5 suits a 7B model, small ones need more")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class PartialTuning(Tuning):
-    learning_rate: float = key(1e-2, "peak learning rate of AdamW")
-    epochs: float = key(5.0, "passes over the training text")
+    learning_rate: Positive = key(1e-2, "peak learning rate of AdamW")
+    epochs: Amount = key(5.0, "passes over the training text")
     mode: Literal["rows", "hooks"] = key(
         "rows", "rows: a parameter of the ticket's size; hooks: the whole matrix, with gradients of other rows dropped"
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class FullTuning(Tuning):
-    learning_rate: float = key(2e-5, "peak learning rate of AdamW")
+    learning_rate: Positive = key(2e-5, "peak learning rate of AdamW")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Lora(Tuning):
-    learning_rate: float = key(2e-4, "peak learning rate of AdamW")
-    r: int = key(8, "rank of the update")
-    lora_alpha: int = key(16, "the update is scaled by lora_alpha / r")
-    lora_dropout: float = key(0.0, "dropout on the adapter's input")
-    target_modules: list[str] = key([], "modules to adapt; empty: PEFT's own choice for the architecture")
+    learning_rate: Positive = key(2e-4, "peak learning rate of AdamW")
+    r: Rank = key(8, "rank of the update")
+    lora_alpha: Count = key(16, "the update is scaled by lora_alpha / r")
+    lora_dropout: Share = key(0.0, "dropout on the adapter's input")
+    target_modules: list[Line] = key([], "modules to adapt; empty: PEFT's own choice for the architecture")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Prefix(Tuning):
-    learning_rate: float = key(1e-2, "peak learning rate of AdamW")
-    num_virtual_tokens: int = key(20, "trained key/value positions before the prompt, in every layer")
+    learning_rate: Positive = key(1e-2, "peak learning rate of AdamW")
+    num_virtual_tokens: Rank = key(20, "trained key/value positions before the prompt, in every layer")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Settled:
-    overlap: float = key(0.95, "least Jaccard overlap of a draw's ticket with the one before")
-    draws: int = key(3, "draws in a row that must overlap so much")
+    overlap: Annotated[float, Field(gt=0, le=1)] = key(
+        0.95, "least Jaccard overlap of a draw's ticket with the one before"
+    )
+    draws: Count = key(3, "draws in a row that must overlap so much")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Draw:
     selection: Literal[
         "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio"
     ] = key("alpha", "how rows are chosen: by p < alpha, by largest D (top_k), corrected for many tests, or a control")
-    alpha: float = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
+    alpha: Alpha = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
     method: Literal["exact", "asymp"] = key(
         "exact", "p-value: exact, or asymp as scipy and replications of the paper use"
     )
-    top_k: int = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
-    every: Optional[int] = key(None, "draw every so many steps of embed tuning too, to watch the ticket settle")
-    stop_when_settled: Optional[Settled] = key(
+    top_k: Count = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
+    every: Count | None = key(None, "draw every so many steps of embed tuning too, to watch the ticket settle")
+    stop_when_settled: Settled | None = key(
         None, "end embed tuning when the ticket has settled, such as {overlap: 0.95, draws: 3}; needs draw.every"
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Evaluation:
-    batch_size: int = key(16, "prompts that one rank translates at once")
-    num_beams: int = key(1, "1 is greedy search; the paper reports 4")
-    max_new_tokens: int = key(256, "longest translation in tokens")
-    tokenize: str = key("13a", "sacrebleu tokenizer: 13a, intl, zh, char, none, or flores101 or flores200 for spBLEU")
+    batch_size: BatchSize = key(16, "prompts that one rank translates at once")
+    num_beams: Rank = key(1, "1 is greedy search; the paper reports 4")
+    max_new_tokens: Count = key(256, "longest translation in tokens")
+    tokenize: Line = key("13a", "sacrebleu tokenizer: 13a, intl, zh, char, none, or flores101 or flores200 for spBLEU")
     gather_weights: bool = key(
         True, "keep the whole model on every rank while translating (fast); false gathers layer by layer (any size)"
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Certify:
-    alphas: list[float] = key(
+    alphas: list[Alpha] = key(
         [0.05, 0.25, 0.5, 0.75, 0.95],
         "levels whose partial transfer is compared with the reference; a ticket adds its own",
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Tracking:
     wandb: Literal["auto", "online", "offline", "off"] = key(
         "auto", "auto: online where there is a key and a network, else offline"
     )
-    project: str = key("ksl_ds", "wandb project")
-    entity: Optional[str] = key(None, "wandb user or team")
-    name: Optional[str] = key(None, "wandb run name; empty: the run folder's name")
+    project: Line = key("ksl_ds", "wandb project")
+    entity: Line | None = key(None, "wandb user or team")
+    name: Line | None = key(None, "wandb run name; empty: the run folder's name")
 
 
 # What `compare` runs, in the order of its table; `compare.methods` chooses among them.
@@ -180,29 +220,29 @@ NOT_BY_DEFAULT = ("top_k", "bos", "first_prompt_token")
 NEEDS_EMBED = ("transfer", "ticket", "top_k", "frequency", "random", "shift_norm", "shift_ratio")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Compare:
-    methods: list[str] = key(
+    methods: list[Line] = key(
         [name for name in METHODS if name not in NOT_BY_DEFAULT],
         "what to compare: untuned, full, embed, transfer and ticket (rows with p < alpha, for each of compare.alphas), "
         "controls with as many rows (top_k, frequency, random, shift_norm, shift_ratio), one row (newline, bos or "
         "first_prompt_token), lora, prefix",
     )
-    alphas: list[float] = key([0.05, 0.25, 0.5], "levels of the tickets")
-    seeds: list[int] = key([0, 1], "every method is trained once with each: another order of the same training text")
-    rows: Optional[int] = key(
+    alphas: list[Alpha] = key([0.05, 0.25, 0.5], "levels of the tickets")
+    seeds: list[Seed] = key([0, 1], "every method is trained once with each: another order of the same training text")
+    rows: Count | None = key(
         None,
         "rows of a control; empty: as many as the ticket of the same seed at the recipe's draw.alpha has, or draw.top_k "
         "where that ticket is empty",
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Checkpoint:
-    every: Optional[int] = key(
+    every: Count | None = key(
         None, "steps between two checkpoints of a training; empty: only when SIGTERM or SIGUSR1 asks the run to end"
     )
-    keep_last: int = key(2, "checkpoints of a training to keep, the newest; all go when its stage is complete")
+    keep_last: Count = key(2, "checkpoints of a training to keep, the newest; all go when its stage is complete")
 
 
 # Keys and sections that may change before a run is gone on with, since no training depends on them.
@@ -212,21 +252,21 @@ CHANGE_NO_TRAINING = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Recipe:
     """A run of `lottery`, `tune`, `evaluate`, `compare` or `certify`."""
 
-    run_dir: str = key(MISSING, "folder that this run creates; everything it writes lies there")
+    run_dir: Line = key(MISSING, "folder that this run creates; everything it writes lies there")
     resume: Literal["never", "auto"] = key(
         "never",
         "auto: goes on with the run that run_dir holds, if any, from its last complete stage or checkpoint (compare always "
         "does)",
     )
-    seed: int = key(0, "of data order, dropout and controls")
+    seed: Seed = key(0, "of data order, dropout and controls")
     verbose: bool = key(False, "show what DeepSpeed, transformers and wandb log")
-    deepspeed: str = key("zero3.json", "DeepSpeed JSON: a path, or a name in ds_configs/")
-    num_ranks: Optional[int] = key(None, "ranks this run expects; another number is an error (empty: any)")
-    timeout_minutes: float = key(30.0, "the job ends when a rank has waited so long for the others")
+    deepspeed: Line = key("zero3.json", "DeepSpeed JSON: a path, or a name in ds_configs/")
+    num_ranks: Count | None = key(None, "ranks this run expects; another number is an error (empty: any)")
+    timeout_minutes: Amount = key(30.0, "the job ends when a rank has waited so long for the others")
     model: Model = key(Model, "the model")
     text: Text = key(Text, "the parallel text")
     training: Training = key(Training, "what all methods share")
@@ -242,8 +282,8 @@ class Recipe:
     checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
     compare: Compare = key(Compare, "what `compare` puts side by side")
     method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
-    ticket: Optional[str] = key(None, "ticket folder, for `tune method=ticket`, for `evaluate` and for `certify`")
-    reference: Optional[str] = key(None, "folder of the embed-tuned model, for `certify`")
+    ticket: Line | None = key(None, "ticket folder, for `tune method=ticket`, for `evaluate` and for `certify`")
+    reference: Line | None = key(None, "folder of the embed-tuned model, for `certify`")
 
     @property
     def text_seed(self) -> int:
@@ -251,62 +291,78 @@ class Recipe:
         return self.seed if self.text.seed is None else self.text.seed
 
 
-@dataclass
+@dataclass(config=STRICT)
 class DrawCommand:
     """`ksl-ds draw before=DIR after=DIR out=DIR`."""
 
-    before: str = key(MISSING, "model folder before tuning")
-    after: str = key(MISSING, "model folder after tuning")
-    out: str = key(MISSING, "ticket folder to create")
-    selection: str = key("alpha", "as draw.selection in a recipe")
-    alpha: float = key(0.05, "significance level of one token's test")
+    before: Line = key(MISSING, "model folder before tuning")
+    after: Line = key(MISSING, "model folder after tuning")
+    out: Line = key(MISSING, "ticket folder to create")
+    selection: Line = key("alpha", "as draw.selection in a recipe")
+    alpha: Alpha = key(0.05, "significance level of one token's test")
     method: Literal["exact", "asymp"] = key("exact", "p-value: exact, or scipy's asymp")
-    top_k: int = key(18, "rows taken by top_k and by the controls")
-    seed: int = key(0, "of selection=random")
+    top_k: Count = key(18, "rows taken by top_k and by the controls")
+    seed: Seed = key(0, "of selection=random")
     embedding_scope: Literal["input", "shared"] = key("input", "recorded in the ticket: whether a tied head moves too")
     verbose: bool = key(False, "show what libraries log")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TransferCommand:
     """`ksl-ds transfer base=DIR ticket=DIR out=DIR`."""
 
-    base: str = key(MISSING, "model folder that the ticket was drawn on")
-    ticket: str = key(MISSING, "ticket folder")
-    out: str = key(MISSING, "model folder to create")
+    base: Line = key(MISSING, "model folder that the ticket was drawn on")
+    ticket: Line = key(MISSING, "ticket folder")
+    out: Line = key(MISSING, "model folder to create")
     force: bool = key(False, "apply the ticket although the base model differs in these rows or was resized")
     verbose: bool = key(False, "show what libraries log")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EstimateCommand:
     """`ksl-ds estimate MODEL gpus=N gpu_memory=GIB`."""
 
-    model: str = key(MISSING, "a built-in shape (llama-3-70b), config.json, model folder, Hub id, or a recipe")
-    gpus: int = key(1, "ranks, one a GPU")
-    gpu_memory: Optional[float] = key(None, "GiB of one GPU; empty: only sizes are shown, not what fits")
-    network: Optional[float] = key(None, "Gbit/s that a rank receives; shows the seconds of a step's traffic")
-    rows: Optional[int] = key(None, "rows of the ticket; empty: the recipe's draw.top_k")
-    length: Optional[int] = key(None, "tokens of every pair; empty: the recipe's text.max_length")
-    response_length: Optional[int] = key(None, "of these, tokens of the response; empty: half")
-    micro_batch_size: Optional[int] = key(None, "pairs that a rank runs at once; empty: the recipe's")
-    precision: Optional[Literal["bf16", "fp16", "fp32"]] = key(None, "of weights and gradients; empty: the recipe's")
-    deepspeed: Optional[str] = key(None, "DeepSpeed JSON; empty: the recipe's")
-    embedding_scope: Optional[Literal["input", "shared"]] = key(None, "of tied models; empty: the recipe's")
+    model: Line = key(MISSING, "a built-in shape (llama-3-70b), config.json, model folder, Hub id, or a recipe")
+    gpus: Count = key(1, "ranks, one a GPU")
+    gpu_memory: Amount | None = key(None, "GiB of one GPU; empty: only sizes are shown, not what fits")
+    network: Amount | None = key(None, "Gbit/s that a rank receives; shows the seconds of a step's traffic")
+    rows: Count | None = key(None, "rows of the ticket; empty: the recipe's draw.top_k")
+    length: Count | None = key(None, "tokens of every pair; empty: the recipe's text.max_length")
+    response_length: Count | None = key(None, "of these, tokens of the response; empty: half")
+    micro_batch_size: BatchSize | None = key(None, "pairs that a rank runs at once; empty: the recipe's")
+    precision: Literal["bf16", "fp16", "fp32"] | None = key(None, "of weights and gradients; empty: the recipe's")
+    deepspeed: Line | None = key(None, "DeepSpeed JSON; empty: the recipe's")
+    embedding_scope: Literal["input", "shared"] | None = key(None, "of tied models; empty: the recipe's")
     verbose: bool = key(False, "show what libraries log")
 
 
 def dotted_keys(section: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key of a recipe class in dotted form, with its default and its help text."""
+    """Every key of a recipe class in dotted form, with its default, and its help text with its range."""
     keys: dict[str, tuple[Any, str]] = {}
-    for entry in dataclasses.fields(section):
-        factory = entry.default_factory
-        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
-            keys |= dotted_keys(factory, f"{prefix}{entry.name}.")
+    for name, annotation in _annotations(section).items():
+        entry = section.__pydantic_fields__[name]  # type: ignore[attr-defined]
+        if dataclasses.is_dataclass(annotation):
+            keys |= dotted_keys(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            default = entry.default if entry.default is not dataclasses.MISSING else factory()  # type: ignore[misc]
-            keys[prefix + entry.name] = (default, entry.metadata["help"])
+            text = "; ".join(filter(None, (entry.description, ", ".join(_limits(annotation)))))
+            keys[prefix + name] = (entry.get_default(call_default_factory=True), text)
     return keys
+
+
+@functools.cache
+def _annotations(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section, include_extras=True)
+
+
+LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _limits(annotation: Any) -> list[str]:
+    """The range of a number, or of the numbers in a list, in words."""
+    if typing.get_origin(annotation) is not Annotated:
+        return [word for argument in typing.get_args(annotation) for word in _limits(argument)]
+    limits = [limit for entry in annotation.__metadata__ for limit in getattr(entry, "metadata", ())]
+    return [f"{LIMITS[name]} {value:,}" for limit in limits for name, value in dataclasses.asdict(limit).items()]
 
 
 def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
@@ -334,12 +390,18 @@ def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def shipped_file(name: str, folder: str) -> Path:
-    """The file `name` as a path, or of that file name among those shipped in `folder` (ds_configs, recipes)."""
-    path = Path(name)
-    shipped = PACKAGE_DIR / folder / path.name
-    if not path.exists() and shipped.exists():
+    """The file `name` as a path; a bare name that is no file here is one of those shipped in `folder`, if there."""
+    shipped = PACKAGE_DIR / folder / name
+    if os.path.basename(name) == name and not os.path.exists(name) and os.path.isfile(shipped):
         return shipped
-    return path
+    return Path(name)
+
+
+def shipped_hint(name: str, folder: str) -> str:
+    """For a file that is not there: the name to give where one so called is shipped in `folder`."""
+    bare = os.path.basename(name)
+    shipped = os.path.isfile(PACKAGE_DIR / folder / bare)
+    return f"; for the one that comes with ksl_ds give {bare} alone" if shipped else ""
 
 
 def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
@@ -350,27 +412,20 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
     UserError
         For a missing file, broken YAML, an unknown key (the nearest known one is named), a wrong type or value.
     """
-    where = ""
-    try:
-        merged = OmegaConf.structured(schema)
-        if file is not None:
-            path = shipped_file(file, "recipes")
-            if not path.is_file():
-                raise UserError(f"recipe {file}: no such file")
-            where = f"{file}: "
-            merged = OmegaConf.merge(merged, _as_meant(schema, _read_yaml(path)))
-            where = ""
-        for word in overrides:
-            name, equals, _ = word.partition("=")
-            if not equals or not re.fullmatch(r"[\w.]+", name):
-                raise UserError(f"{word!r} is not of the form key=value (a recipe comes first, then key=value words)")
-            merged = OmegaConf.merge(merged, _as_meant(schema, OmegaConf.from_dotlist([word])))
-        missing = sorted(OmegaConf.missing_keys(merged))
-    except OmegaConfBaseException as error:
-        raise UserError(where + _explain(error, schema)) from None
+    given: dict[str, Any] = {}
+    if file is not None:
+        given = _as_meant(schema, _read_yaml(file))
+        try:
+            _validated(schema, given)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    for word in overrides:
+        given = _merged(given, _as_meant(schema, _read_word(schema, word)))
+    recipe = _validated(schema, given)
+    required = [name for name, (default, _) in dotted_keys(schema).items() if default == MISSING]
+    missing = sorted(name for name in required if _value(recipe, name) in (MISSING, ""))
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, in the recipe or as {missing[0]}=...")
-    recipe = OmegaConf.to_object(merged)
     if isinstance(recipe, Recipe):
         from ksl_ds.recipe_checks import check_recipe  # which needs this file's schema
 
@@ -378,49 +433,147 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
     return recipe
 
 
-def _read_yaml(path: Path) -> Any:
+def _validated(schema: type, given: dict[str, Any]) -> Any:
     try:
-        content = OmegaConf.load(path)
-    except Exception as error:  # omegaconf passes on whatever its YAML parser raises
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(content):
+        return TypeAdapter(schema).validate_python(given)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0], schema)) from None
+
+
+def _value(recipe: Any, name: str) -> Any:
+    for part in name.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def _merged(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`given` with what `more` says, section by section."""
+    merged = dict(given)
+    for name, value in more.items():
+        before = merged.get(name)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        merged[name] = _merged(before, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain scalars are text as it is written, except null and the merge key; no key comes twice."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+        for name, times in names.items():
+            if times > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {name} comes twice", problem_mark=node.start_mark)
+        return node
+
+
+def _parse_yaml(text: str | bytes, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # a tag's constructor raises whatever the value makes it raise
+        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    path = shipped_file(file, "recipes")
+    if not os.path.isfile(path):
+        raise UserError(f"recipe {file}: no such file{shipped_hint(file, 'recipes')}")
+    try:
+        content = _parse_yaml(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"recipe {file} cannot be read: {error.strerror}") from None
+    if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines")
-    return content
+    return content or {}
 
 
-def _as_meant(schema: type, content: Any) -> Any:
-    """`train: a.jsonl` means `train: [a.jsonl]`, and YAML reads a bare `off` as false.
+def _read_word(schema: type, word: str) -> dict[str, Any]:
+    """What a `key=value` word says: text literally, a section as YAML, a list as YAML where it has brackets."""
+    name, equals, text = word.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", name):
+        raise UserError(f"{word!r} is not of the form key=value (a recipe comes first, then key=value words)")
+    annotation, section = None, schema
+    for part in name.split("."):
+        annotation = _annotations(section).get(part) if section else None
+        section = _section_of(annotation)
+    is_list = typing.get_origin(annotation) is list
+    value: Any = text
+    if section or (is_list and text.startswith("[") and text.endswith("]")):
+        value = _parse_yaml(text, word)
+    elif text in NULL and (is_list or type(None) in typing.get_args(annotation)):
+        value = None
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
 
-    A section that is given a value instead of keys is a mistake.
-    """
-    for name, (default, _) in dotted_keys(schema).items():
-        section = name.rpartition(".")[0]
-        given = OmegaConf.select(content, section) if section else None
-        if given is not None and not OmegaConf.is_dict(given):
-            raise UserError(f"{section} is {given!r}, but it is a section with keys of its own, such as {name}")
-        value = OmegaConf.select(content, name)
-        if isinstance(default, list) and value is not None and not OmegaConf.is_list(value):
-            OmegaConf.update(content, name, [value])
-        if name == "tracking.wandb" and value is False:
-            OmegaConf.update(content, name, "off")
-    return content
+
+def _section_of(annotation: Any) -> Any:
+    """The dataclass that a key of this type holds, if it is a section."""
+    kinds = (annotation, *typing.get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
-def _explain(error: OmegaConfBaseException, schema: type) -> str:
-    name = getattr(error, "full_key", None) or ""
+def _as_meant(section: type, given: dict[str, Any]) -> dict[str, Any]:
+    """`train: a.jsonl` means `train: [a.jsonl]`; a section or list without content is an empty one."""
+    meant = dict(given)
+    for name, annotation in _annotations(section).items():
+        value = given.get(name)
+        inner = _section_of(annotation)
+        if inner is not None and isinstance(value, dict):
+            meant[name] = _as_meant(inner, value)
+        elif name in given and value is None and inner is annotation:
+            meant[name] = {}
+        elif name in given and typing.get_origin(annotation) is list and not isinstance(value, list):
+            meant[name] = [] if value is None else [value]
+    return meant
+
+
+def _explain(error: Any, schema: type) -> str:
+    """One sentence for one of pydantic's errors."""
+    name = ".".join(part for part in error["loc"] if isinstance(part, str))
+    if error["type"] == "unexpected_keyword_argument":
+        return _unknown_key(name, schema)
+    value = error["input"]
+    shown = "empty" if value is None else value if isinstance(value, str) and value.isprintable() else repr(value)
+    if error["type"] == "dataclass_type":
+        reason = "it is a section with keys of its own (see ksl-ds COMMAND --help)"
+    else:
+        reason = (
+            error["msg"].removeprefix("Value error, ").partition(", unable to")[0].replace("Input should", "it should")
+        )
+    if error["type"] == "string_type" and value is not None:
+        reason += "; put text with brackets in quotes"
+    return f"{name} is {shown if len(shown) <= 100 else shown[:100] + '...'}; {reason}"
+
+
+def _unknown_key(name: str, schema: type) -> str:
     known = dotted_keys(schema)
     sections = sorted({known_key.rpartition(".")[0] for known_key in known} - {""})
-    if type(error).__name__.startswith("ConfigKey") or type(error).__name__ == "ConfigAttributeError":
-        by_last_part = {known_key.rpartition(".")[2]: known_key for known_key in known}
-        near = difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.6)
-        near = near or [
-            by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
-        ]
-        return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see ksl-ds COMMAND --help")
-    reason = str(error).split("\n")[0].rstrip(".")
-    return f"{name or 'recipe'}: {reason[0].lower() + reason[1:]}"
+    by_last_part = {known_key.rpartition(".")[2]: known_key for known_key in known}
+    near = difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.6)
+    near = near or [
+        by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
+    ]
+    return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see ksl-ds COMMAND --help")
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML whose text with line breaks is in double quotes: PyYAML loses Unicode's own ones elsewhere."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if data.splitlines() != [data] else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def save_recipe(recipe: Any, path: Path) -> None:
     """Writes the complete, resolved recipe; `load_recipe` of that file gives the same recipe. Raises UserError."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    write_text(path, yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -13,7 +13,6 @@ from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, choose_rows, explain_empty, make_ticket, measure_shift
 from ksl_ds.model.folder import ModelFolder, local_folder, token_strings
 from ksl_ds.recipe import DrawCommand
-from ksl_ds.recipe_checks import check_alpha
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import gather_shift
@@ -26,7 +25,6 @@ BLOCK_BYTES = 64 << 20  # of one checkpoint's rows at once
 def run(command: DrawCommand) -> None:
     """Draws a ticket from `before` and `after` into `out`. Raises UserError where they are not two of one model."""
     with cluster.together():
-        check_alpha(command.alpha, "alpha")
         if Path(command.out).exists():
             raise UserError(f"out={command.out} exists already; choose another folder for the ticket")
         before, after = (ModelFolder(local_folder(path)) for path in (command.before, command.after))

@@ -53,6 +53,10 @@ class Plan:
     def training(self) -> Training:
         """The numbers of the recipe for the arithmetic."""
         vocab_size, width = self.meta_model().get_input_embeddings().weight.shape
+        if self.ticket_rows > vocab_size:
+            raise UserError(
+                f"rows (or draw.top_k of the recipe) is {self.ticket_rows:,}, but the embedding has {vocab_size:,} rows"
+            )
         return Training(TORCH_DTYPE[self.recipe.training.precision].itemsize, vocab_size, width, reserved=RESERVED)
 
     def method(self, name: str, *, checkpointing: bool) -> Method:
@@ -113,10 +117,6 @@ def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int
 def run(command: EstimateCommand) -> None:
     """Prints the tables. Raises UserError for an unknown model and for values that make no sense."""
     with cluster.together():
-        for name in ("gpus", "gpu_memory", "rows", "micro_batch_size", "length", "network"):
-            value = getattr(command, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} is {value}; it must be greater than 0")
         plan = plan_of(_recipe(command), command.response_length, command.rows)
         if cluster.is_main():
             for table in tables(plan, command):

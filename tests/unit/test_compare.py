@@ -79,7 +79,7 @@ def test_an_entrys_recipe_is_one_that_tune_takes_on_the_same_text_for_every_seed
         (["compare.methods=[embed,tiket]"], "compare.methods has 'tiket'; did you mean ticket?"),
         (["compare.methods=[untuned,random]"], "compare.methods has random, .* add embed"),
         (["compare.seeds=[1,1]"], "compare.seeds is .*nothing twice"),
-        (["compare.seeds=[-1]"], "must not be negative"),
+        (["compare.seeds=[-1]"], "compare.seeds is -1; it should be greater than or equal to 0"),
         (["compare.alphas=[.05,2]"], "compare.alphas is 2"),
         (["compare.rows=0"], "compare.rows is 0"),
         (["text.seed=-1"], "text.seed is -1"),
