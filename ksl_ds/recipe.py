@@ -80,7 +80,9 @@ class Model:
 
 @dataclass(config=STRICT)
 class Text:
-    train: list[Line] = key([], "one file (.jsonl .csv .tsv .parquet .po) or Hub id, or two line-aligned text files")
+    train: list[Line] = key(
+        [], "one file (.jsonl .csv .tsv .po, also .gz; .parquet) or Hub id, or two line-aligned text files"
+    )
     valid: list[Line] = key([], "the same for validation; empty: no validation loss")
     test: list[Line] = key([], "the same for the held-out text that every stage is scored on")
     train_split: Line = key("train", "split name, for a Hub id in text.train")

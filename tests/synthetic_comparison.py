@@ -74,7 +74,7 @@ def write_run(recipe: Recipe, entry: Entry, seed: int, home: Path, translate, **
 def write_comparison(home: Path, *words: str) -> tuple[Recipe, Path, dict[str, dict[int, dict[str, Any]]]]:
     """What `finish` takes: a recipe, the new folder `home` with runs in it, and their outcomes by key and seed."""
     home.mkdir(parents=True)
-    words = (f"run_dir={home}", "model.path=m", "text.test=t.jsonl", 'tracking.wandb="off"', *words)
+    words = (f"run_dir={home}", "model.path=m", "text.test=t.jsonl", "tracking.wandb=off", *words)
     recipe = load_recipe(Recipe, None, list(words))
     write_text(home / "recipe.yaml", "run_dir: <made up> & so on\n")
 

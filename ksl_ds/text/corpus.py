@@ -7,17 +7,26 @@ Choices and what they cost:
 - A line ends at a line feed and nowhere else, as `wc -l` and the aligners see it; the other line breaks of Unicode, which
   occur within crawled sentences, become spaces. No-break spaces, part of French and other spelling, stay.
 - TSV knows no quoting, as OPUS and Tatoeba write it: a lone quotation mark would otherwise swallow the lines after it.
+- CSV has quoted fields, which may go over several lines. A quote that does not close is an error; so is a row over several
+  lines each of which is a row by itself, unless the file quotes commas or column names: then its writer knows of quotes.
+- Text files may be compressed with gzip: a name that ends with .gz is read as the name without it.
+- No line and no sentence is longer than a million characters, so a file without line breaks costs an error, not the memory.
 - Whatever is left out is counted by reason.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +37,8 @@ from ksl_ds.recipe import Text
 
 # Where a msgid is a key, translators find the English sentence in the extracted comment.
 PO_DEFAULT = re.compile(r'Default: "(.*?)"[ \t]*$', re.DOTALL | re.MULTILINE)
+CSV_FIELD = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|[^",\n][^,\n]*)?(?:,|$)')  # a whole one
+MOST_CHARACTERS = 1_000_000  # of a line or a sentence; a line's are counted in UTF-8's bytes
 SPACES = re.compile(r"[^\S\u00a0\u2007\u202f]+")  # all but the no-break ones
 
 
@@ -72,7 +83,9 @@ def load_corpus(text: Text, split: Literal["train", "valid", "test"], seed: int)
     try:
         for source, target in _read(paths, text, split, dropped):
             source, target = one_line(source), one_line(target)
-            if not source or not target:
+            if not (_is_unicode(source) and _is_unicode(target)):
+                dropped["with half of a surrogate pair"] += 1
+            elif not source or not target:
                 dropped[f"with an empty {'target' if source else 'source'}"] += 1
             elif limit is not None and max(len(source.split()), len(target.split())) > limit:
                 dropped[f"longer than {limit} words"] += 1
@@ -96,6 +109,15 @@ def one_line(text: str) -> str:
     return SPACES.sub(" ", text).strip()
 
 
+def _is_unicode(text: str) -> bool:
+    """False with a lone surrogate, which JSON's escapes can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _reasons(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
@@ -116,37 +138,60 @@ def _is_po(path: str) -> bool:
 
 
 def _suffix(path: str) -> str:
-    return Path(path).suffix.lower()
+    """The ending that says what a file is, without that of its compression."""
+    return Path(path.lower().removesuffix(".gz")).suffix
 
 
 def _aligned(paths: list[str]) -> Iterator[tuple[str, str]]:
     """Two plain text files whose lines belong together."""
-    sides = []
-    for path in paths:
-        try:
-            lines = _open(path).read().split("\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text") from None
-        sides.append(lines[:-1] if lines[-1] == "" else lines)
-    if len(sides[0]) != len(sides[1]):
-        raise UserError(
-            f"{paths[0]} has {len(sides[0])} lines and {paths[1]} has {len(sides[1])}; line-aligned files have equally many"
-        )
-    return zip(*sides, strict=True)
+    left, right = (_lines(path) for path in paths)
+    for number, (source, target) in enumerate(zip_longest(left, right)):
+        if source is None or target is None:
+            more = number + 1 + sum(1 for _ in (left if target is None else right))
+            counts = (number, more) if source is None else (more, number)
+            raise UserError(
+                f"{paths[0]} has {counts[0]} lines and {paths[1]} has {counts[1]}; line-aligned files have equally many"
+            )
+        yield source, target
 
 
-def _open(path: str) -> Any:
-    # A byte order mark is no text, and "\r" alone ends no line.
-    return Path(path).open(encoding="utf-8-sig", newline="\n")
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or not compressed with gzip: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a text file without their ends and without a byte order mark; "\\r" alone ends no line."""
+    number = 0
+    with _opened(path) as file:
+        while line := file.readline(MOST_CHARACTERS + 2):
+            number += 1
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            if len(line) > MOST_CHARACTERS:
+                raise UserError(
+                    f"{path}, line {number} has more than {MOST_CHARACTERS:,} bytes; a line ends at a line feed, so is this "
+                    "text with a line for every sentence?"
+                )
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, line {number} is not UTF-8 text") from None
 
 
 def _rows(path: str, text: Text, split: str) -> Iterator[Any]:
     """The rows of a file or Hub dataset, each a dict of its columns."""
     suffix = _suffix(path)
     hub = suffix not in READERS
-    if hub and (Path(path).is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) or suffix == ".txt"):
+    names_a_file = (
+        suffix == ".txt" or path.lower().endswith(".gz") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
+    )
+    if hub and (names_a_file or Path(path).is_file()):
         raise UserError(
             f"{path} is neither a file of a known kind ({' '.join(READERS)} .po), nor one of two line-aligned text files, "
             "nor a Hub dataset id"
@@ -172,33 +217,85 @@ def _hub(path: str, text: Text, split: str) -> Iterator[dict[str, Any]]:
 
 def _json(path: str) -> Iterator[Any]:
     """JSON lines, or one JSON list of objects."""
-    with _open(path) as file:
-        if file.read(1) == "[":
+    with _opened(path) as file:
+        if file.read(4).removeprefix(codecs.BOM_UTF8).startswith(b"["):
             file.seek(0)
-            yield from json.load(file)
+            yield from json.loads(file.read())
             return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
 
 
-def _csv(path: str, **options: Any) -> Iterator[dict[str, str]]:
-    with _open(path) as file:
-        reader = csv.DictReader(file, **options)
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"{path}, line {reader.line_num} has more columns than the {len(reader.fieldnames or ())} of line 1"
-                )
-            yield row
+def _csv(path: str) -> Iterator[dict[str, Any]]:
+    return _table(path, _csv_rows(path))
 
 
-def _tsv(path: str) -> Iterator[dict[str, str]]:
-    return _csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _tsv(path: str) -> Iterator[dict[str, Any]]:
+    return _table(path, ((number, line.split("\t") if line else []) for number, line in enumerate(_lines(path), 1)))
+
+
+def _table(path: str, rows: Iterator[tuple[int, list[str]]]) -> Iterator[dict[str, Any]]:
+    """Rows by the column names of the first; blank lines are none, and what a row lacks is None."""
+    header: list[str] = []
+    for number, row in rows:
+        if len(row) > len(header) > 0:
+            raise UserError(f"{path}, line {number} has more columns than the {len(header)} of the first row")
+        if row and header:
+            yield dict(zip_longest(header, row))
+        header = header or row
+
+
+def _csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the number of the line in which each begins."""
+    csv.field_size_limit(MOST_CHARACTERS)
+    lines: list[str] = []  # of the row in hand
+
+    def kept() -> Iterator[str]:
+        for line in _lines(path):
+            lines.append(line.replace("\r", " "))  # which csv takes for the end of a row
+            yield lines[-1] + "\n"
+
+    reader = csv.reader(kept(), strict=True)
+    number = 1
+    columns = 0
+    knows_quotes = False  # the writer has quoted a comma, or the column names
+    swallowed: UserError | None = None
+    while True:
+        lines.clear()
+        try:
+            row = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise _open_quote(path, number, lines, str(error)) from None
+        columns = columns or len(row)
+        if len(lines) == 1:
+            knows_quotes |= any("," in cell for cell in row) or (number == 1 and ",".join(row) != lines[0])
+        elif swallowed is None and all(line.count(",") == columns - 1 for line in lines):
+            swallowed = _open_quote(
+                path, number, lines, "the lines that it goes over are rows of their own", any_break=True
+            )
+        yield number, row
+        number += len(lines)
+    if swallowed is not None and not knows_quotes:
+        raise swallowed
+
+
+def _open_quote(path: str, number: int, lines: list[str], reason: str, any_break: bool = False) -> UserError:
+    """Names the line of the field that is not complete, or of the first one with a line break."""
+    text = "\n".join(lines)
+    at = 0
+    while at < len(text) and (field := CSV_FIELD.match(text, at)) and not (any_break and "\n" in field[0]):
+        at = field.end()
+    number += text.count("\n", 0, at)
+    return UserError(
+        f"{path}, line {number}: a field begins with a quotation mark and does not end with one ({reason}); every quotation "
+        "mark of a quoted field's text is written twice"
+    )
 
 
 def _parquet(path: str) -> Iterator[dict[str, Any]]:
@@ -236,8 +333,14 @@ def _columns(rows: Iterator[Any], path: str, text: Text) -> Iterator[tuple[str, 
                 value = value[part]
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{path}, row {number}: {column} is {value!r}, not text")
-            sides.append(value or "")
+            sides.append(_not_too_long(value or "", f"{path}, row {number}: {column}"))
         yield sides[0], sides[1]
+
+
+def _not_too_long(text: str, where: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{where} has {len(text):,} characters; a sentence has at most {MOST_CHARACTERS:,}")
+    return text
 
 
 def read_po(path: Path, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
@@ -247,14 +350,17 @@ def read_po(path: Path, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
     """
     import polib
 
-    files = sorted(path.rglob("*.po")) if path.is_dir() else [path]
+    files = sorted([*path.rglob("*.po"), *path.rglob("*.po.gz")]) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} is a folder without .po files")
     for file in files:
         if not file.is_file():
             raise UserError(f"no file {file}")
         try:
-            entries = polib.pofile(str(file))
+            compressed = file.suffix.lower() == ".gz"
+            # polib would end lines at Unicode's line breaks too.
+            content = "\n".join(SPACES.sub(" ", line) for line in _lines(str(file))) if compressed else str(file)
+            entries = polib.pofile(content)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is no readable .po file: {error}") from None
         for entry in entries:
@@ -268,4 +374,6 @@ def read_po(path: Path, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
                 dropped["untranslated in the .po file"] += 1
             else:
                 default = PO_DEFAULT.search(entry.comment)
-                yield (polib.unescape(default[1]) if default else entry.msgid), entry.msgstr
+                source = polib.unescape(default[1]) if default else entry.msgid
+                where = f"{file}, {source[:40]!r} or its translation"
+                yield _not_too_long(source, where), _not_too_long(entry.msgstr, where)

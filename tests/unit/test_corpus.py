@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -359,19 +361,19 @@ def test_broken_json_names_the_line(tmp_path):
 
 def test_unquoted_commas_are_no_silent_loss(tmp_path):
     (tmp_path / "a.csv").write_text("source,target\nyes,oui\nyes,oui, oui\n")
-    assert "line 3 has more columns than the 2 of line 1" in mistake(tmp_path / "a.csv")
+    assert "line 3 has more columns than the 2 of the first row" in mistake(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.po"])
 def test_text_that_is_not_utf8(tmp_path, name):
     (tmp_path / name).write_bytes(b'msgid "\xe9t\xe9"\nmsgstr "summer"\n')
     message = mistake(tmp_path / name)
-    assert message.startswith(f"text.train: {tmp_path / name} ") and "utf-8" in message
+    assert message.startswith(f"text.train: {tmp_path / name}") and "utf-8" in message.lower()
 
 
 def test_line_aligned_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "a.en").write_bytes(b"\xe9t\xe9\n")
-    assert mistake(tmp_path / "a.en", tmp_path / "a.en") == f"text.train: {tmp_path / 'a.en'} is not UTF-8 text"
+    (tmp_path / "a.en").write_bytes(b"one\n\xe9t\xe9\n")
+    assert mistake(tmp_path / "a.en", tmp_path / "a.en") == f"text.train: {tmp_path / 'a.en'}, line 2 is not UTF-8 text"
 
 
 def test_parquet_that_is_none(tmp_path):
@@ -402,6 +404,182 @@ def test_one_sided_and_too_long_text_says_why_nothing_is_left(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"source": "a", "target": ""}, {"source": "a b", "target": "c"}])
     message = mistake(file, max_words=1)
     assert message.endswith(": none of its 2 pairs can be used: 1 with an empty target, 1 longer than 1 words")
+
+
+# --- quotation marks in CSV ---
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ('yes,oui\nno,"non\na,b\nc,d\n', 3, "unexpected end of data"),
+        ('yes,oui\nno,"non\na,b\n"c, d",e\n', 3, "expected after"),
+        ('yes,"oui\n"two, three",b\n', 2, "expected after"),
+        ('"one\ntwo","un"\nyes,"oui\na,b\n', 4, "unexpected end"),
+        ('"one\ntwo","un\na,b\n', 3, "unexpected end"),
+        # A quotation over three sentences, written without knowing of CSV's quotes: the last mark seems to close the first.
+        (
+            '"Come here.,Viens ici.\nSit down.,Assieds-toi.\nGo away.",Va-t-en.\n',
+            2,
+            "the lines that it goes over are rows",
+        ),
+        ('a,b\nx,"one\ny,two"\n', 3, "the lines that it goes over are rows"),
+        ('"Oh" she said,Oh\n', 2, "expected after"),
+        ('a,"' + "b, c.\n" * 200_000, 2, "field larger than field limit"),
+    ],
+)
+def test_a_quotation_mark_that_does_not_close_is_found_where_it_opens(tmp_path, content, line, reason):
+    (tmp_path / "a.csv").write_text("source,target\n" + content)
+    message = mistake(tmp_path / "a.csv")
+    assert message.startswith(
+        f"text.train: {tmp_path / 'a.csv'}, line {line}: a field begins with a quotation mark and does"
+    )
+    assert reason in message
+
+
+def test_quoted_line_breaks_and_quotation_marks_within_csv_stay(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        'source,target\n"one,\ntwo","un, ""deux"""\na 5" disk,"un\ndisque"\n\n"three\n\nfour","trois, quatre"\r\na\rb,"c\rd"\n'
+    )
+    assert pairs_of(tmp_path / "a.csv") == [
+        ('a 5" disk', "un disque"), ("a b", "c d"), ("one, two", 'un, "deux"'), ("three four", "trois, quatre"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "proof", ['"source","target"\n{}', 'source,target\n{}"a, b",c\n', 'source,target\n"a, b",c\n{}']
+)
+def test_lines_that_look_like_rows_stay_in_their_field_where_quotes_are_known(tmp_path, proof):
+    (tmp_path / "a.csv").write_text(proof.format('x,"one\ny,two"\n'))
+    assert ("x", "one y,two") in pairs_of(tmp_path / "a.csv")
+
+
+# --- carriage returns, columns ---
+
+
+def test_a_lone_carriage_return_ends_no_line_of_a_tsv(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"source\ttarget\r\none\rmore\tun\rplus\r\n\ntwo\tdeux\x0c2\nthree\n")
+    corpus = corpus_of(tmp_path / "a.tsv")
+    assert sorted((pair.source, pair.target) for pair in corpus.pairs) == [("one more", "un plus"), ("two", "deux 2")]
+    assert corpus.dropped == {"with an empty target": 1}
+
+
+def test_a_tab_too_many_is_no_silent_loss(tmp_path):
+    (tmp_path / "a.tsv").write_text("source\ttarget\na\tb\nc\td\te\n")
+    assert "line 3 has more columns than the 2 of the first row" in mistake(tmp_path / "a.tsv")
+
+
+# --- compressed text ---
+
+
+def test_text_compressed_with_gzip(tmp_path):
+    content = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows()),
+        "a.json": json.dumps(rows(), indent=1),
+        "a.csv": pandas.DataFrame(rows()).to_csv(index=False),
+        "a.tsv": "".join("\t".join(line) + "\n" for line in [("source", "target"), *PAIRS]),
+    }
+    for name, text in content.items():
+        for ending in (".gz", ".GZ"):
+            with gzip.open(tmp_path / (name + ending), "wb") as file:
+                file.write(b"\xef\xbb\xbf" + text.encode())
+            assert pairs_of(tmp_path / (name + ending)) == sorted(PAIRS)
+
+
+def test_aligned_text_compressed_with_gzip_on_one_side_or_both(tmp_path):
+    sides = ["".join(line + "\n" for line in side) for side in zip(*PAIRS, strict=True)]
+    for side, text in zip(("en", "fr"), sides, strict=True):
+        (tmp_path / f"a.{side}").write_bytes(text.encode())
+        (tmp_path / f"a.{side}.gz").write_bytes(gzip.compress(text.encode()))
+    for paths in (("a.en.gz", "a.fr.gz"), ("a.en.gz", "a.fr"), ("a.en", "a.fr.gz")):
+        assert pairs_of(*(tmp_path / path for path in paths)) == sorted(PAIRS)
+
+
+def test_po_compressed_with_gzip_alone_and_in_a_folder(tmp_path):
+    text = PO.replace("Une phrase ", "Une\u2028phrase\x85")
+    (tmp_path / "a.po.gz").write_bytes(gzip.compress(text.encode()))
+    assert pairs_of(tmp_path / "a.po.gz") == sorted(PO_PAIRS) == pairs_of(tmp_path)
+
+
+def test_damaged_and_pretended_gzip(tmp_path):
+    formats = {
+        "tsv": ("source\ttarget\n", "a{0}\tb{0}\n"),
+        "csv": ("source,target\n", "a{0},b{0}\n"),
+        "jsonl": ("", '{{"source": "a{0}", "target": "b{0}"}}\n'),
+        "po": ("", 'msgid "a{0}"\nmsgstr "b{0}"\n\n'),
+        "fr": ("", "a{0}\n"),
+    }
+    for ending, (head, row) in formats.items():
+        text = (head + "".join(row.format(number) for number in range(2000))).encode()
+        whole = gzip.compress(text)
+        (tmp_path / f"whole.{ending}.gz").write_bytes(whole)
+        damage = {
+            "cut": whole[: len(whole) // 2],
+            "wrong_sum": whole[:-6] + b"\0\0" + whole[-4:],
+            "garbled": whole[:60] + b"\xff" * 40 + whole[100:],
+            "pretended": text,
+        }
+        for name, content in damage.items():
+            file = tmp_path / f"{name}.{ending}.gz"
+            file.write_bytes(content)
+            message = mistake(*[tmp_path / "whole.fr.gz"] * (ending == "fr"), file)
+            assert message.startswith(f"text.train: {file} is damaged or not compressed with gzip: ")
+    assert mistake(tmp_path / "none.jsonl.gz") == f"text.train: no file {tmp_path / 'none.jsonl.gz'}"
+    assert "neither a file of a known kind" in mistake("train.en.gz")
+
+
+def test_compressed_aligned_files_of_unequal_length(tmp_path):
+    for name, lines in {"a.en": 3, "a.fr": 5}.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"x\n" * lines))
+    assert "a.en.gz has 3 lines and" in mistake(tmp_path / "a.en.gz", tmp_path / "a.fr.gz")
+    assert "a.fr.gz has 5 lines and" in mistake(tmp_path / "a.fr.gz", tmp_path / "a.en.gz")
+
+
+# --- lines without end, half characters ---
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.tsv.gz", "a.en"])
+def test_a_line_without_end_costs_an_error_and_not_the_memory(tmp_path, name):
+    """A hundred megabytes in the second line; what is held meanwhile is a few times the limit for a line."""
+    with gzip.open(tmp_path / name, "wb", 1) if name.endswith(".gz") else (tmp_path / name).open("wb") as file:
+        file.write(b'{"source": "a", "target": "b"}\n' if name == "a.jsonl" else b"source,target\tsource\n")
+        for _ in range(100):
+            file.write(b"a, " * 350_000)
+    paths = [tmp_path / name] * (2 if name == "a.en" else 1)
+    tracemalloc.start()
+    try:
+        message = mistake(*paths)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert message.startswith(f"text.train: {tmp_path / name}, line 2 has more than 1,000,000 bytes")
+    assert peak < 16_000_000
+
+
+def test_the_longest_line_and_sentence(tmp_path):
+    (tmp_path / "a.en").write_bytes(b"a" * 1_000_000 + b"\r\n" + b"b\n")
+    assert len(pairs_of(tmp_path / "a.en", tmp_path / "a.en")[0][0]) == 1_000_000
+    (tmp_path / "a.en").write_bytes(b"a" * 1_000_001 + b"\n")
+    assert "a.en, line 1 has more than" in mistake(tmp_path / "a.en", tmp_path / "a.en")
+    long = [*rows(), {"source": "a", "target": "b" * 1_000_001}]
+    pandas.DataFrame(long).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(long))
+    for name in ("a.parquet", "a.json"):
+        assert f"{tmp_path / name}, row 6: target has 1,000,001 characters; a sentence has at most" in mistake(
+            tmp_path / name
+        )
+    (tmp_path / "a.po").write_text(f'msgid "a"\nmsgstr "{"b" * 1_000_001}"\n')
+    assert f"{tmp_path / 'a.po'}, 'a' or its translation has 1,000,001 characters" in mistake(tmp_path / "a.po")
+
+
+def test_half_a_surrogate_pair_is_left_out_and_counted(tmp_path):
+    content = [*rows(), {"source": "a\ud83d", "target": "b"}, {"source": "a", "target": "\ude00b"}]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*content, {"source": "\U0001f600", "target": "c"}])
+    )
+    corpus = corpus_of(tmp_path / "a.jsonl")
+    assert sorted((pair.source, pair.target) for pair in corpus.pairs) == sorted([*PAIRS, ("\U0001f600", "c")])
+    assert corpus.dropped == {"with half of a surrogate pair": 2}
 
 
 def test_pairs_compare_by_their_text():
