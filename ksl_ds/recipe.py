@@ -477,7 +477,7 @@ class _Loader(yaml.SafeLoader):
 
 def _parse_yaml(text: str | bytes, what: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except Exception as error:  # a tag's constructor raises whatever the value makes it raise
         raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -15,7 +15,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -25,6 +25,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, Field, ValidationError
 
 from ksl_ds.errors import UserError
+from ksl_ds.recipe import shipped_hint
 
 # What the recipe decides, and the key of the recipe that decides it.
 OWNED_BY_RECIPE = {
@@ -74,29 +75,29 @@ class FlopsProfiler(DeepSpeedConfigModel):
     module_depth: int = -1
     top_modules: int = 1
     detailed: bool = True
-    output_file: Optional[str] = None
+    output_file: str | None = None
 
 
 class Json(DeepSpeedConfigModel):
     """The keys that a DeepSpeed JSON may have here. The first five must agree with the recipe."""
 
-    train_micro_batch_size_per_gpu: Optional[int] = None
-    gradient_accumulation_steps: Optional[int] = None
-    gradient_clipping: Optional[float] = None
+    train_micro_batch_size_per_gpu: int | None = None
+    gradient_accumulation_steps: int | None = None
+    gradient_clipping: float | None = None
     bf16: DeepSpeedBF16Config = Field(default_factory=DeepSpeedBF16Config)
     fp16: DeepSpeedFP16Config = Field(default_factory=DeepSpeedFP16Config)
     zero_optimization: DeepSpeedZeroConfig = Field(default_factory=DeepSpeedZeroConfig)
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = False
-    communication_data_type: Optional[Literal["fp16", "bf16", "fp32"]] = None
+    communication_data_type: Literal["fp16", "bf16", "fp32"] | None = None
     disable_python_gc: bool = False
-    steps_per_print: Optional[int] = Field(None, gt=0)
+    steps_per_print: int | None = Field(None, gt=0)
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
     flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
-    log_level: Optional[Literal["debug", "info", "warning", "error", "critical"]] = None
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
 
 
 # Keys that change what is logged, and nothing that is computed.
@@ -149,7 +150,8 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"deepspeed: no file {path}, here or in ds_configs/") from None
+        hint = shipped_hint(str(path), "ds_configs")
+        raise UserError(f"deepspeed: no file {path}, here or in ds_configs/{hint}") from None
     except OSError as error:
         raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
