@@ -1,0 +1,26 @@
+"""What a stage takes from the one before it when a run is resumed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ksl_ds.commands import stages
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe
+
+
+@pytest.mark.parametrize(("ticket_ids", "fits"), [([3, 5], True), ([3, 6], False), ([3], False)])
+def test_a_ticket_must_be_the_one_that_the_draw_selects(monkeypatch, tmp_path, ticket_ids, fits):
+    run = SimpleNamespace(recipe=Recipe(), dir=tmp_path)
+    ticket = SimpleNamespace(token_ids=ticket_ids)
+    for name, answer in {"load_shift": "shift", "token_frequency": None, "load_ticket": ticket}.items():
+        monkeypatch.setattr(stages, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(stages, "ids_of_draw", lambda *_, **__: torch.tensor([3, 5]))
+    if fits:
+        assert stages.load_draw(run, SimpleNamespace()) == ("shift", ticket)
+    else:
+        with pytest.raises(UserError, match=r"partial_transfer is not the ticket that .*draw.safetensors selects"):
+            stages.load_draw(run, SimpleNamespace())
