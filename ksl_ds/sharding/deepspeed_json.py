@@ -109,14 +109,15 @@ LOGGING_KEYS = (
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a DeepSpeed JSON, checked and in one form. Raises UserError."""
-    given = _without_auto(_parse(path))
+    content = _parse(path)
+    given = _without_auto(content)
     _refuse_unsupported(path, given)
-    _refuse_unknown_keys(path, given, Json, "")
+    _refuse_unknown_keys(path, content, Json, "")
     try:
         config = Json(**given)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
-    except AssertionError as error:  # of an old key beside the new one
+    except (AssertionError, TypeError) as error:  # an old key beside the new one; a section that is none
         raise UserError(f"{path}: {error}") from None
     _refuse_other_types(path, given, config, "")
     found: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
@@ -209,6 +210,8 @@ def _select(content: Any, dotted: str) -> Any:
 def _refuse_unknown_keys(path: Path, given: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
     sections = _sections(model)
     for name, value in given.items():
+        if not prefix and name in OWNED_BY_RECIPE:  # left to the recipe by "auto", or refused before
+            continue
         if name not in sections:
             _unknown_key(path, prefix + name)
         section = sections[name]
@@ -252,7 +255,7 @@ def _refuse_other_types(path: Path, given: dict[str, Any], config: BaseModel, pr
         if isinstance(taken, BaseModel) and isinstance(value, dict):
             _refuse_other_types(path, value, taken, f"{prefix}{name}.")
         elif isinstance(value, str) and not isinstance(taken, (str, Path)):
-            raise UserError(f"{path}: {prefix}{name} is the text {_shown(value)}; write {json.dumps(taken)}")
+            raise UserError(f"{path}: {prefix}{name} is the text {_shown(value)}; write {_shown(taken)}")
         elif isinstance(value, bool) and not isinstance(taken, bool):
             raise UserError(f"{path}: {prefix}{name} is {_shown(value)}; it must be a number")
         elif isinstance(value, (int, float)) and abs(value) > LARGEST:

@@ -75,6 +75,8 @@ MISTAKES = {
     "modules fetched whole": (zero(stage3_module_granularity_threshold=9), ["granularity_threshold", "does not support"]),
     "divided gradients": ({"gradient_predivide_factor": 2}, ["'gradient_predivide_factor'", "does not support"]),
     "profiler": ({"flops_profiler": {"enabled": True, "profile_step": "x"}}, ['flops_profiler.profile_step is "x"']),
+    "an unknown key left to nobody": (zero(stge="auto"), [f"'{ZERO}.stge'", f"did you mean {ZERO}.stage?"]),
+    "a section that is none": (zero(leaf_module=[]), ["leaf_module", "mapping"]),
     "log level": ({"log_level": "loud"}, ['log_level is "loud"', "'debug'"]),
     "an odd bucket": ({ZERO: {"stage": 1, "allgather_bucket_size": 1}}, ["allgather_bucket_size = 1", "even"]),
     "steps of text": ({"steps_per_print": "many"}, ['steps_per_print is "many"']),
@@ -147,6 +149,7 @@ def test_two_ways_to_say_the_same_have_one_form(tmp_path):
     one = {
         ZERO: {"stage": 3, "reduce_bucket_size": 5e7, "offload_optimizer": {"device": "cpu"}, "sub_group_size": "auto"},
         "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
         "communication_data_type": None,
     }
     other = {
