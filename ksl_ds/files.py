@@ -1,12 +1,77 @@
-"""Writing files whole or not at all, for every room."""
+"""Files written whole or not at all, and read with one sentence for whatever is wrong with them."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ksl_ds.errors import UserError
+
+Content = TypeVar("Content")
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+
+
+class Record(BaseModel):
+    """An object of one of our JSON files. Unknown keys are allowed; types are taken literally (no "3" for 3)."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+def checked(content: Content, model: type[Record], where: str) -> Content:
+    """`content` itself. Raises UserError where it is not what `model` describes; `where` is the file, and perhaps a line."""
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{where}: {key}{why[0].lower() + why[1:]}; the file was changed or is of another kind"
+        ) from None
+    return content
+
+
+def read_text(path: Path) -> str:
+    """A whole text file. Raises UserError where it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What a JSON text holds. Raises UserError, naming `where`, for text that is not JSON; NaN and Infinity are not."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not a number of JSON")
+
+    try:
+        content = json.loads(text, parse_constant=refuse)
+        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which no output can show
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8. Raises UserError."""
+    return parse_json(read_text(path), str(path))
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be written or read, in a few words and without the names of our drafts."""
+    if isinstance(error, shutil.Error):  # a list of (source, target, why)
+        return str(error.args[0][0][2]).partition(": ")[0]
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ Also prints a comparison again from its results.json, on its own and without Dee
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 from markupsafe import Markup
 
 from ksl_ds.errors import UserError
+from ksl_ds.files import read_text
 from ksl_ds.recipe import Recipe
 from ksl_ds.report import comparison as report
 from ksl_ds.report.comparison_plots import loss_against_size, loss_curves, score_bars
 from ksl_ds.report.html import Section, bullets, figure, table, what_was_run, write_report
+from ksl_ds.report.records import read_comparison, read_metrics
 from ksl_ds.report.tables import print_table
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
@@ -61,7 +62,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         "recipe": asdict(recipe),
     }
     write_json(home / "results.json", results)
-    results = json.loads((home / "results.json").read_text(encoding="utf-8"))  # what --from will see
+    results = read_comparison(home / "results.json")  # what --from will see
     show(results)
     _write_report(recipe, home, results)
     for name, what in {
@@ -82,15 +83,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 def show_file(path: Path) -> None:
     """Prints the comparison that a results.json holds. Raises UserError for another file."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(results, dict) or "comparison" not in results:
-        raise UserError(f"{path} holds no comparison; compare writes one into the results.json of its run folder")
-    show(results)
+    show(read_comparison(path))
 
 
 def _shown_order(outcomes: Outcomes) -> list[str]:
@@ -111,9 +104,9 @@ def _lines(home: Path, run: Mapping[str, Any], name: str) -> list[str]:
     """The sentences of a file of a run's translations."""
     path = home / run["folder"] / "translations" / run["stage"] / f"{name}.txt"
     try:
-        return path.read_text(encoding="utf-8").split("\n")[:-1]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; remove its run to have it made again") from None
+        return read_text(path).split("\n")[:-1]
+    except UserError as error:
+        raise UserError(f"{error}; remove its run to have it made again") from None
 
 
 def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -150,8 +143,7 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
     first_runs = {key: first_runs[key] for key in comparison["order"] if first_runs.get(key)}
     metrics = {}
     for key, run in first_runs.items():
-        lines = (home / run["folder"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics[key] = [line for line in map(json.loads, lines) if line["stage"] == run["stage"]]
+        metrics[key] = [line for line in read_metrics(home / run["folder"]) if line["stage"] == run["stage"]]
     intervals = {key: report.interval(comparison, key) for key in first_runs}
     ordered = {key: stages[key] for key in first_runs}
     figures = {
@@ -171,7 +163,7 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
     write_report(
         home / "report.html",
         title=f"Comparison: {Path(recipe.run_dir).name}",
-        recipe_yaml=(home / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe_yaml=read_text(home / "recipe.yaml"),
         stages={},
         ticket_rows=[],
         figures={},

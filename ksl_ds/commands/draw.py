@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ksl_ds.errors import UserError
+from ksl_ds.files import reason
 from ksl_ds.lottery.ticket import Shift, choose_rows, explain_empty, make_ticket, measure_shift
 from ksl_ds.model.folder import ModelFolder, local_folder, token_strings
 from ksl_ds.recipe import DrawCommand
@@ -63,7 +64,7 @@ def run(command: DrawCommand) -> None:
             try:
                 ticket.save(command.out, before.embedding_module, shared_head)
             except (OSError, ValueError) as error:
-                raise UserError(f"out={command.out} could not be written: {error}") from None
+                raise UserError(f"out={command.out} could not be written: {reason(error)}") from None
             rows = ticket_rows(
                 ticket.token_ids, ticket.tokens, ticket.count, ticket.statistic, ticket.pvalue, ticket.shift_ratio
             )

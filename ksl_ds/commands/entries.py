@@ -8,7 +8,6 @@ certified by itself.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from ksl_ds.errors import UserError
 from ksl_ds.recipe import NEEDS_EMBED, Compare, Recipe, differing_keys
+from ksl_ds.report.records import read_results
 from ksl_ds.report.tracking import clean
 
 # method of `compare.methods`: (the entry's key, the stage that its run scores)
@@ -147,7 +147,7 @@ def finished(entry: Entry, folder: Path, wanted: Recipe) -> dict[str, Any] | Non
         When the run there was of another recipe.
     """
     results = read_results(folder)
-    if results is None or entry.stage not in results.get("stages", {}):
+    if results is None or entry.stage not in results["stages"]:
         return None
     difference = differs(results["recipe"], wanted, entry.method)
     if difference:
@@ -165,8 +165,8 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     results = read_results(run_dir)
     if entry.method not in ("untuned", "embed", *OF_ALPHA) or results is None:
         return None
-    theirs = results.get("recipe", {})
-    if entry.stage not in results.get("stages", {}) or theirs.get("seed") != wanted.seed:
+    theirs = results["recipe"]
+    if entry.stage not in results["stages"] or theirs["seed"] != wanted.seed:
         return None
     drawn, own = theirs["draw"], clean(wanted)["draw"]
     if entry.alpha is not None:
@@ -177,16 +177,6 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     text = {**theirs["text"], "seed": wanted.text.seed}
     same_text = theirs["text"].get("seed") in (None, wanted.text.seed) and theirs["seed"] == wanted.text.seed
     return results if same_text and not differs({**theirs, "text": text, "draw": drawn}, wanted, entry.method) else None
-
-
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """The results.json in a folder; None where there is none."""
-    try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{folder / 'results.json'} is no JSON: {error}") from None
 
 
 def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError
+from ksl_ds.files import reason
 from ksl_ds.lottery.shift import load_shift, save_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.model.adapters import save_adapter, with_adapter
@@ -173,6 +174,8 @@ def load_draw(run: Run, shard: RowShard) -> tuple[Shift, Ticket]:
     recipe, checkpoints = run.recipe, run.dir / "checkpoints"
     with cluster.together():
         shift = load_shift(checkpoints / DRAW_FILE)
+        if (len(shift.count_V), shift.num_samples) != (shard.num_rows, shard.row_length):
+            raise UserError(f"{checkpoints / DRAW_FILE} is of another model; choose another run_dir")
         ids_K = ids_of_draw(shift, recipe.draw, seed=recipe.seed, frequency_V=token_frequency(run))
     if len(ids_K):
         ticket = load_ticket(run, shard, str(checkpoints / "partial_transfer"))
@@ -286,7 +289,7 @@ def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:
                 out.parent.mkdir(exist_ok=True)
                 ticket.save(out, run.folder.embedding_module, shared_head, base_model=run.recipe.model.path)
             except (OSError, ValueError) as error:
-                raise UserError(f"{out} could not be written: {error}") from None
+                raise UserError(f"{out} could not be written: {reason(error)}") from None
 
 
 def token_frequency(run: Run) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ksl_ds.files import read_text
 from ksl_ds.lottery.ks import critical_count
 from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
+from ksl_ds.report.records import read_metrics
 from ksl_ds.report.tables import print_table, stage_name, stage_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
 from ksl_ds.training.run import Run
@@ -103,7 +104,7 @@ def write_run_report(
     write_report(
         run.dir / "report.html",
         title=title,
-        recipe_yaml=(run.dir / "recipe.yaml").read_text(),
+        recipe_yaml=read_text(run.dir / "recipe.yaml"),
         stages=stages or {},
         ticket_rows=ticket_rows,
         figures=figures,
@@ -128,7 +129,6 @@ def write_run_report(
 
 
 def _figures(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
-    lines = (run.dir / "metrics.jsonl").read_text().splitlines()
     statistic_V = shift.count_V / shift.num_samples
     thresholds = {
         alpha: critical_count(drawn.num_samples, alpha, drawn.method) / drawn.num_samples for alpha in THRESHOLDS
@@ -137,7 +137,7 @@ def _figures(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict
     texts = [run.tokenizer.decode([drawn.token_ids[index]]) for index in top_K.tolist()]
     return {
         "Scores of the stages": plots.stage_bars(run.results["baselines"] | run.stages),
-        "Training": plots.training_curves([json.loads(line) for line in lines]),
+        "Training": plots.training_curves(read_metrics(run.dir)),
         "Distribution of D over the vocabulary": plots.d_histogram(statistic_V, thresholds),
         "Rows of largest D, before and after": plots.ecdf_rows(
             drawn.base_rows_KD[top_K].float(), drawn.rows_KD[top_K], texts
@@ -156,7 +156,7 @@ def _samples(run: Run) -> list[dict[str, str]]:
     pairs = run.corpora["test"].pairs[:SAMPLES_SHOWN]
     samples = [{"source": pair.source, "reference": pair.target} for pair in pairs]
     for stage in run.stages:
-        lines = (run.dir / "translations" / stage / "hypotheses.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_text(run.dir / "translations" / stage / "hypotheses.txt").split("\n")
         for sample, line in zip(samples, lines, strict=False):
             sample[stage_name(stage)] = line
     return samples

@@ -90,9 +90,26 @@ def load_shift(path: Path) -> Shift:
         with safe_open(path, framework="pt") as file:
             tensors = {f"{name}_V": file.get_tensor(name) for name in SHIFT_TENSORS}
             metadata = file.metadata()
-        return Shift(**tensors, num_samples=int(metadata["num_samples"]), tested_dtype=metadata["tested_dtype"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        shift = Shift(**tensors, num_samples=int(metadata["num_samples"]), tested_dtype=metadata["tested_dtype"])
+        _check_shift(shift)
+        return shift
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as the KS test of all tokens: {error}") from None
+
+
+def _check_shift(shift: Shift) -> None:
+    """Raises ValueError for vectors that are not those of one test."""
+    count_V = shift.count_V
+    kinds = {"count": torch.int32, "shift_norm": torch.float32, "shift_ratio": torch.float32}
+    for name, dtype in kinds.items():
+        values_V = getattr(shift, f"{name}_V")
+        if values_V.ndim != 1 or len(values_V) != len(count_V) or values_V.dtype != dtype:
+            found = f"{tuple(values_V.shape)} {dtype_name(values_V.dtype)}"
+            raise ValueError(f"{name} is {found} where ({len(count_V)},) {dtype_name(dtype)} belongs")
+        if not values_V.isfinite().all() or (values_V < 0).any():
+            raise ValueError(f"{name} holds NaN, infinity or a negative number")
+    if len(count_V) == 0 or int(count_V.max()) > shift.num_samples:
+        raise ValueError(f"count holds no number or one above num_samples ({shift.num_samples})")
 
 
 def shift_of_rows(before_BD: Tensor, after_BD: Tensor) -> tuple[Tensor, Tensor]:

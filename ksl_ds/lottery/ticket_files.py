@@ -18,19 +18,72 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ksl_ds.files import sync
+from ksl_ds.errors import UserError
+from ksl_ds.files import Count, Record, checked, read_json, sync
+from ksl_ds.lottery.pvalues import Method
 
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 TICKET_JSON, KS_TENSORS = "ticket.json", "ks.safetensors"
 FILES = {ADAPTER_CONFIG, ADAPTER_MODEL, TICKET_JSON, KS_TENSORS}
 FORMAT_VERSION = 1
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Base(Record):
+    dtype: str
+    sha256: str
+
+
+class _Source(Record):
+    base: str | None = None
+    before: str | None = None
+    train_frequency: list[Count] | None = None
+
+
+class _TicketRecord(Record):
+    """ticket.json."""
+
+    token_ids: Annotated[list[Count], Field(min_length=1)]
+    tokens: list[str]
+    count: list[Count]
+    statistic: list[Share]
+    pvalue: list[Share]
+    shift_ratio: list[Annotated[float, Field(ge=0, le=torch.finfo(torch.float32).max)]]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    selection: str
+    method: Method
+    num_samples: Annotated[Count, Field(ge=1)]
+    vocab_size: Count
+    embedding_scope: Literal["input", "shared"]
+    tested_dtype: str
+    base: _Base
+    source: _Source
+    files: dict[str, str]
+    modules: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _TicketRecord:
+        ids = self.token_ids
+        lists = {name: getattr(self, name) for name in ("tokens", "count", "statistic", "pvalue", "shift_ratio")}
+        lists["source.train_frequency"] = self.source.train_frequency
+        for name, values in lists.items():
+            if values is not None and len(values) != len(ids):
+                raise ValueError(f"{name} has {len(values)} entries beside {len(ids)} token_ids")
+        if any(left >= right for left, right in zip(ids, ids[1:], strict=False)):
+            raise ValueError("token_ids are not in ascending order")
+        if ids[-1] >= self.vocab_size:
+            raise ValueError(f"token_ids leave the vocabulary of {self.vocab_size}")
+        if max(self.count) > self.num_samples:
+            raise ValueError(f"count is above num_samples ({self.num_samples})")
+        return self
 
 
 @contextmanager
@@ -86,10 +139,10 @@ def write_ticket(
     # A tied head gets the same rows under its own name, as PEFT itself writes them: without it PEFT warns.
     adapter = {f"base_model.model.{name}.trainable_tokens_delta": rows_KD.clone() for name in module_names}
     with whole_folder(folder) as draft:
-        safetensors.torch.save_file(adapter, draft / ADAPTER_MODEL, metadata={"format": "pt"})
-        safetensors.torch.save_file(
-            {"count": count_V.cpu().contiguous(), "base_rows": base_rows_KD}, draft / KS_TENSORS
-        )
+        # Not by save_file, which has an error of its own for a full disk.
+        (draft / ADAPTER_MODEL).write_bytes(safetensors.torch.save(adapter, metadata={"format": "pt"}))
+        ks = {"count": count_V.cpu().contiguous(), "base_rows": base_rows_KD}
+        (draft / KS_TENSORS).write_bytes(safetensors.torch.save(ks))
         _write_json(draft / ADAPTER_CONFIG, _adapter_config(record, module_names[0]))
         record = {
             "format_version": FORMAT_VERSION,
@@ -116,13 +169,13 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
             pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
             hint = f" ({pickled[0]} is pickled, and pickles are never loaded)" if pickled else ""
             raise ValueError(f"{folder / name} is missing; a ticket is the four files {', '.join(sorted(FILES))}{hint}")
-    record = _read_json(folder / TICKET_JSON)
+    record = _read_object(folder / TICKET_JSON)
     stated = record.pop("sha256", None)
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{folder / TICKET_JSON} is not in ticket format {FORMAT_VERSION}")
     if stated != _record_sha256(record):
         raise ValueError(f"{folder / TICKET_JSON} does not match its own checksum; it was damaged or edited")
-    _check_record(folder / TICKET_JSON, record)
+    checked(record, _TicketRecord, str(folder / TICKET_JSON))
 
     num_rows, vocab_size, num_samples = len(record["token_ids"]), record["vocab_size"], record["num_samples"]
     keys = {f"base_model.model.{name}.trainable_tokens_delta" for name in record["modules"]}
@@ -141,7 +194,7 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
     if ks["count"][torch.tensor(record["token_ids"], dtype=torch.int64)].tolist() != record["count"]:
         raise ValueError(f"{folder / KS_TENSORS}: count differs from the counts in {TICKET_JSON}")
 
-    config, expected = _read_json(folder / ADAPTER_CONFIG), _adapter_config(record, record["modules"][0])
+    config, expected = _read_object(folder / ADAPTER_CONFIG), _adapter_config(record, record["modules"][0])
     for name in ("peft_type", "token_indices", "target_modules", "init_weights", "inference_mode"):
         if config.get(name) != expected[name]:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {name} is at odds with {TICKET_JSON}")
@@ -162,33 +215,6 @@ def _adapter_config(record: dict[str, Any], module_name: str) -> dict[str, Any]:
     }
 
 
-def _check_record(path: Path, record: dict[str, Any]) -> None:
-    lists = {"token_ids": int, "tokens": str, "count": int, "statistic": float, "pvalue": float, "shift_ratio": float}
-    scalars = {"alpha": float, "selection": str, "method": str, "num_samples": int, "vocab_size": int}
-    scalars |= {"embedding_scope": str, "tested_dtype": str, "base": dict, "source": dict, "files": dict}
-    scalars |= {"modules": list}
-
-    def fits(value: Any, kind: type) -> bool:
-        return type(value) is kind or (kind, type(value)) == (float, int)
-
-    for name, kind in scalars.items():
-        if not fits(record.get(name), kind):
-            raise ValueError(f"{path}: {name} is missing or not of type {kind.__name__}")
-    for name, kind in lists.items():
-        values = record.get(name)
-        if type(values) is not list or not all(fits(value, kind) for value in values):
-            raise ValueError(f"{path}: {name} is missing or not a list of type {kind.__name__}")
-        if len(values) != len(record["token_ids"]):
-            raise ValueError(f"{path}: {name} has {len(values)} entries beside {len(record['token_ids'])} token_ids")
-    ids = record["token_ids"]
-    if any(left >= right for left, right in zip(ids, ids[1:], strict=False)):
-        raise ValueError(f"{path}: token_ids are not in ascending order")
-    if ids and not 0 <= ids[0] <= ids[-1] < record["vocab_size"]:
-        raise ValueError(f"{path}: token_ids leave the vocabulary of {record['vocab_size']}")
-    if not record["modules"] or not {"dtype", "sha256"} <= record["base"].keys():
-        raise ValueError(f"{path}: the base model's fingerprint or module is missing")
-
-
 def _read_tensors(path: Path, checksums: dict[str, str], names: set[str]) -> dict[str, Tensor]:
     content = path.read_bytes()
     if _sha256(content) != checksums.get(path.name):
@@ -204,13 +230,10 @@ def _read_tensors(path: Path, checksums: dict[str, str], names: set[str]) -> dic
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return content
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from ksl_ds.errors import UserError
+from ksl_ds.files import reason
+from ksl_ds.lottery.ticket_files import whole_folder
 from ksl_ds.recipe import Recipe
 from ksl_ds.sharding import cluster
 
@@ -34,12 +37,23 @@ def with_adapter(model: nn.Module, recipe: Recipe) -> Any:
 
 
 def save_adapter(model: Any, out: Path) -> None:
-    """Writes the adapter as PEFT does, from rank 0. Collective."""
+    """Writes the adapter as PEFT does, from rank 0, whole or not at all. Collective.
+
+    Raises
+    ------
+    UserError
+        On every rank, where it cannot be written.
+    """
     import deepspeed
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     partitioned = [parameter for parameter in trained if hasattr(parameter, "ds_id")]
+    message = None
     with deepspeed.zero.GatheredParameters(partitioned):
         if cluster.is_main():
-            model.save_pretrained(str(out), save_embedding_layers=False)
-    cluster.barrier()
+            try:
+                with whole_folder(out) as draft:
+                    model.save_pretrained(str(draft), save_embedding_layers=False)
+            except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+                message = f"{out} could not be written: {reason(error)}"
+    cluster.raise_together(message)

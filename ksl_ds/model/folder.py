@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError
+from ksl_ds.files import reason
 from ksl_ds.lottery.ticket_files import whole_folder
 from ksl_ds.model.shards import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
 
@@ -288,7 +289,7 @@ def _write(
                 _write_index(draft / INDEX, base, shard_of, added)
             _copy_side_files(base.path, draft, config_updates)
     except OSError as error:
-        raise UserError(f"{out} could not be written: {error.strerror or error}") from None
+        raise UserError(f"{out} could not be written: {reason(error)}") from None
 
 
 def _write_index(path: Path, base: ModelFolder, shard_of: dict[str, str], added: dict[str, Added]) -> None:

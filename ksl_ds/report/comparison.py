@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from ksl_ds.report.html import learned_to_stop
+from ksl_ds.report.html import known, learned_to_stop
 from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size, stage_name
 
 LEVEL = 0.05
@@ -202,18 +202,17 @@ def readings(results: Results) -> list[str]:
         if (stopping := learned_to_stop(stages[key], untuned))
     ]
     copying = results["baselines"].get("copying_source", {})
-    for what, other, worse in (
-        ("chrf", copying, f"chrF++ not above that of copying the source ({copying.get('chrf', 0):.1f})"),
-        ("test_loss", untuned, f"test loss not below the untuned model's ({untuned.get('test_loss', 0):.3f})"),
+    for what, other, sign, digits, worse in (
+        ("chrf", copying, 1, 1, "chrF++ not above that of copying the source"),
+        ("test_loss", untuned, -1, 3, "test loss not below the untuned model's"),
     ):
-        sign = 1 if what == "chrf" else -1
         names = [
             stage_name(key)
             for key in trained
-            if other.get(what) is not None and sign * stages[key][what] <= sign * other[what]
+            if known(stages[key], other, what) and sign * stages[key][what] <= sign * other[what]
         ]
         if names:
-            sentences.append(f"{worse}: {', '.join(names)}.")
+            sentences.append(f"{worse} ({other[what]:.{digits}f}): {', '.join(names)}.")
     return sentences
 
 

@@ -104,19 +104,19 @@ def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         if stopping := learned_to_stop(scores, untuned):
             sentences.append(f"{name}: {stopping}")
-        if _known(scores, copying, "chrf") and scores["chrf"] <= copying["chrf"]:
+        if known(scores, copying, "chrf") and scores["chrf"] <= copying["chrf"]:
             sentences.append(
                 f"{name}: its chrF++ ({scores['chrf']:.1f}) is not above that of copying the source "
                 f"({copying['chrf']:.1f})."
             )
-        if _known(scores, untuned, "test_loss") and scores["test_loss"] >= untuned["test_loss"]:
+        if known(scores, untuned, "test_loss") and scores["test_loss"] >= untuned["test_loss"]:
             sentences.append(f"{name}: the test loss is not below the untuned model's.")
     return sentences
 
 
 def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> str:
     """Says so where at least half of a gain in BLEU is missing on the first line; empty otherwise."""
-    if not _known(scores, untuned, "bleu", "first_line_bleu"):
+    if not known(scores, untuned, "bleu", "first_line_bleu"):
         return ""
     raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
     if raw < 0.5 or first >= raw / 2:
@@ -128,7 +128,7 @@ def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> st
     return f"BLEU rises by {raw:.1f} over the untuned model, {line}: {share} of the gain is the model learning to stop."
 
 
-def _known(one: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
+def known(one: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
     return all(scores.get(key) is not None for scores in (one, other) for key in keys)
 
 

@@ -37,6 +37,7 @@ import torch
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
 from ksl_ds.recipe import Recipe
+from ksl_ds.report.records import read_metrics
 from ksl_ds.sharding import cluster
 
 Answer = TypeVar("Answer")
@@ -99,12 +100,8 @@ class Tracker:
         if self._file is None:
             return
         with self._file_may_fail():
-            kept = []
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):
-                    entry = json.loads(line)
-                    if entry["stage"] != stage or entry["step"] <= step:
-                        kept.append(line + "\n")
+            lines = read_metrics(self._path.parent)
+            kept = [json.dumps(line) + "\n" for line in lines if line["stage"] != stage or line["step"] <= step]
             self._file.close()
             write_text(self._path, "".join(kept))
             self._file = self._path.open("a", encoding="utf-8")

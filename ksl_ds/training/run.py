@@ -10,10 +10,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
 from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
+from ksl_ds.report.records import read_metrics, read_results
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.checkpoint import Checkpoints
@@ -151,17 +151,17 @@ def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
         )
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"run_dir {run_dir} holds no run (it has no recipe.yaml); choose another run_dir")
-    for name, (old, new) in differing_keys(load_recipe(Recipe, str(run_dir / "recipe.yaml"), []), recipe).items():
+    try:
+        recorded = load_recipe(Recipe, str(run_dir / "recipe.yaml"), [])
+    except UserError as error:
+        raise UserError(f"{run_dir / 'recipe.yaml'}, the recipe of the run there: {error}") from None
+    for name, (old, new) in differing_keys(recorded, recipe).items():
         raise UserError(
             f"the run in {run_dir} was begun with {name}={old}, and now it is {new}; resume=auto goes on with the same "
             f"recipe only, which {run_dir / 'recipe.yaml'} holds"
         )
-    with suppress(FileNotFoundError):  # a run that had come no further
-        try:
-            return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{run_dir / 'results.json'} is not valid JSON: {error}") from None
-    return None
+    read_metrics(run_dir)  # which the run's last step reads again, for its report
+    return read_results(run_dir)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run, succeeds
 from synthetic_comparison import REFERENCES, good, perfect, poor, rambling, write_comparison, write_run
+from synthetic_run import STAGES
 
 from ksl_ds.cli import main
 from ksl_ds.commands import compare
@@ -29,6 +30,7 @@ from ksl_ds.lottery.shift import Shift
 from ksl_ds.recipe import Recipe, load_recipe
 from ksl_ds.report import comparison as report
 from ksl_ds.report.tables import size
+from ksl_ds.report.tracking import hardware_and_versions, write_json
 from ksl_ds.text.significance import paired_bootstrap
 
 BASE = ["run_dir=runs/x", "model.path=m", "text.train=t.jsonl", "text.test=t.jsonl"]
@@ -126,9 +128,15 @@ def test_a_lotterys_stages_serve_for_its_seed_and_its_alpha(tmp_path):
     run_dir = tmp_path / "lottery"
     whole = recipe(f"run_dir={run_dir}", "draw.alpha=.5", "draw.every=8")
     run_dir.mkdir()
-    stages = {name: {"bleu": 1.0} for name in ("untuned", "embed_tuning", "partial_transfer", "partial_tuning")}
-    recorded = json.loads(json.dumps(vars(whole), default=vars))
-    (run_dir / "results.json").write_text(json.dumps({"stages": stages, "recipe": recorded}))
+    names = ("untuned", "embed_tuning", "partial_transfer", "partial_tuning")
+    results = {
+        "stages": {name: STAGES[name] | {"steps": 1, "planned_steps": 1} for name in names},
+        "baselines": {},
+        "text": {},
+        "environment": hardware_and_versions(),
+        "recipe": whole,
+    }
+    write_json(run_dir / "results.json", results)
     (run_dir / "recipe.yaml").write_text("")
     home = home_of(whole)
     assert home == run_dir / "compare"

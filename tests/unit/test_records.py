@@ -1,0 +1,306 @@
+"""Our own files, damaged, edited or of another kind: accepted where nothing is lost, else one sentence that names the file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from synthetic_comparison import perfect, write_comparison, write_run
+from synthetic_run import metrics
+
+from ksl_ds.cli import main
+from ksl_ds.commands.comparison import finish, show_file
+from ksl_ds.commands.entries import Entry, finished, scored_by_lottery
+from ksl_ds.errors import UserError
+from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
+from ksl_ds.report import comparison as report
+from ksl_ds.report import plots
+from ksl_ds.report.html import environment_table, reading, what_was_run
+from ksl_ds.report.records import read_comparison, read_metrics, read_results
+from ksl_ds.report.tables import stage_table
+from ksl_ds.report.tracking import Tracker
+from ksl_ds.training.run import results_before
+
+REMOVED = object()
+LOOKED_AT = [(), ("seed",), ("text",), ("draw",), ("text", "seed"), ("draw", "alpha"), ("draw", "every")]
+REPLACEMENTS = [REMOVED, None, [], [None], {}, {"x": []}, 7, -1.5, 10**400, math.inf, "x", True]
+FILES = [
+    b"", b"null", b"7", b"[]", b'"x"', b"true", b"{}", b"{", b"\x00" * 9, b"\xff\xfe{\x00}\x00", b"\x89PNG\r\n\x1a\n",
+    b"[" * 100_000, b'{"a": NaN}', b'{"a": "\\ud800"}', '{"a": "é"}'.encode("latin-1"), b"\x1f\x8b\x08\x00\x00",
+]  # fmt: skip
+
+
+def paths(content: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value within a JSON value."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield (*prefix, key)
+        yield from paths(value, (*prefix, key))
+
+
+def changed(content: Any, path: tuple[Any, ...], replacement: Any) -> Any:
+    """A copy of a JSON value with one value within replaced or removed."""
+    content = copy.deepcopy(content)
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    if replacement is REMOVED:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = replacement
+    return content
+
+
+def value_at(content: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        content = content[key]
+    return content
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_files(path: Path, use: Callable[[], Any], *, accepted: tuple[bytes, ...] = ()) -> None:
+    """Every other kind of file in the place of `path`, and `path` cut off anywhere, is refused with its name."""
+    content = path.read_bytes()
+    cut = [content[:length] for length in {1, 2, 20, len(content) // 3, len(content) // 2, len(content) - 4}]
+    for other in [*FILES, *cut]:
+        path.write_bytes(other)
+        if other in accepted:
+            use()
+            continue
+        with pytest.raises(UserError, match=path.name) as error:
+            use()
+        assert "\n" not in str(error.value), other
+    path.write_bytes(content)
+
+
+def check_values(path: Path, use: Callable[[], Any], chosen: Callable[[tuple[Any, ...]], bool]) -> tuple[int, int]:
+    """Changes every chosen value of a JSON file in many ways. Returns how many were accepted and how many refused.
+
+    Whatever is accepted must be used without an error; a number that is no number any more must be refused.
+    """
+    content = json.loads(path.read_text())
+    accepted = refused = 0
+    for place in filter(chosen, paths(content)):
+        for replacement in REPLACEMENTS:
+            path.write_text(json.dumps(changed(content, place, replacement)))
+            try:
+                use()
+                accepted += 1
+            except UserError as error:
+                message = str(error)
+                assert str(path.parent) in message and "\n" not in message, (place, replacement, message)
+                refused += 1
+                continue
+            of_other_kind = replacement is not REMOVED and not is_number(replacement) and replacement is not None
+            number = place[0] != "recipe" and is_number(value_at(content, place))
+            assert not (number and of_other_kind), (place, replacement)
+    path.write_text(json.dumps(content))
+    use()
+    return accepted, refused
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> tuple[Path, Recipe, Entry]:
+    """A run folder that holds all that resume and compare look at, with its recipe and its entry in a comparison."""
+    home = tmp_path / "home"
+    words = [f"run_dir={home}", "model.path=m", "text.test=t.jsonl", "text.train=t.jsonl", "tracking.wandb=off"]
+    recipe, entry = load_recipe(Recipe, None, words), Entry("lora")
+    write_run(recipe, entry, 0, home, perfect, trained_parameters=4)
+    wanted = entry.recipe(recipe, home, 0, 3)
+    folder = Path(wanted.run_dir)
+    save_recipe(wanted, folder / "recipe.yaml")
+    return folder, wanted, entry
+
+
+def test_results_of_a_run(run_dir, monkeypatch):
+    folder, wanted, entry = run_dir
+    monkeypatch.setattr("ksl_ds.training.run.load_recipe", lambda *_: wanted)  # which takes its time
+
+    def use() -> None:
+        """What resume, compare, certify and the report do with it."""
+        scored_by_lottery(Entry("untuned"), folder, wanted)
+        finished(entry, folder, wanted)
+        results = results_before(folder, wanted)
+        assert results == json.loads((folder / "results.json").read_text())
+        stages = results["baselines"] | results["stages"]
+        stage_table(stages)
+        reading(stages)
+        pairs = {name: part["pairs"] for name, part in results["text"].items()}
+        what_was_run(wanted, pairs, {name: stage["steps"] for name, stage in results["stages"].items()}, 1)
+        assert all(part["sha256"] and set(part["dropped"]) is not None for part in results["text"].values())
+        environment_table(results["environment"])
+        runs = {str(seed): {"scores": scores} for seed, scores in enumerate(results["stages"].values())}
+        report.mean_stages({"order": ["a"], "runs": {"a": runs}})
+
+    path = folder / "results.json"
+    use()
+    check_files(path, use)
+    # Recorded recipes are compared as a whole: there, sections stand for their keys.
+    accepted, refused = check_values(path, use, lambda place: place[0] != "recipe" or place[1:] in LOOKED_AT)
+    assert refused > 400 and accepted > 50
+
+
+def test_the_sentence_names_file_and_key(run_dir):
+    folder, wanted, _ = run_dir
+    content = json.loads((folder / "results.json").read_text())
+    for place, replacement, said in (
+        (("stages", "lora", "bleu"), "x", "stages.lora.bleu: input should be a valid number"),
+        (("stages", "lora", "steps"), REMOVED, "stages.lora.steps: field required"),
+        (("text", "test"), [], "text.test: input should be a valid dictionary"),
+        (("baselines",), None, "baselines: input should be a valid dictionary"),
+    ):
+        (folder / "results.json").write_text(json.dumps(changed(content, place, replacement)))
+        with pytest.raises(UserError) as error:
+            results_before(folder, wanted)
+        message = str(error.value)
+        assert message.startswith(f"{folder / 'results.json'}: {said}"), message
+        assert message.endswith("; the file was changed or is of another kind")
+
+
+def test_results_of_a_comparison_are_no_run_to_resume(run_dir):
+    folder, wanted, _ = run_dir
+    content = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(content | {"comparison": {}}))
+    with pytest.raises(UserError, match=r"results\.json is of a comparison, not of a run"):
+        results_before(folder, wanted)
+
+
+@pytest.fixture
+def small_comparison(tmp_path: Path) -> Path:
+    recipe, home, outcomes = write_comparison(tmp_path / "x")
+    kept = ("untuned", "embed_tuning", "partial_tuning_alpha_0.05", "partial_tuning_alpha_0.52", "lora")
+    outcomes = {key: outcomes[key] for key in kept}
+    finish(recipe, home, outcomes)
+    return home / "results.json"
+
+
+def test_results_of_a_comparison(small_comparison, monkeypatch):
+    monkeypatch.setattr("ksl_ds.commands.comparison.print_table", lambda table: None)
+    monkeypatch.setattr("ksl_ds.sharding.cluster.say", lambda text: None)
+
+    def use() -> None:
+        show_file(small_comparison)
+
+    check_files(small_comparison, use)
+    read = ("comparison", "stages", "baselines")
+    accepted, refused = check_values(small_comparison, use, lambda place: place[0] in read)
+    assert refused > 2000 and accepted > 100
+
+
+def test_a_score_that_is_null_is_no_error(small_comparison):
+    """NaN is written as null: a model whose loss or score is none is compared all the same."""
+    content = json.loads(small_comparison.read_text())
+    for part in (content["stages"], content["baselines"]):
+        for scores in part.values():
+            scores |= dict.fromkeys(("test_loss", "chrf", "bleu", "first_line_bleu"))
+    small_comparison.write_text(json.dumps(content))
+    assert main(["compare", "--from", str(small_comparison)]) == 0
+    read_comparison(small_comparison)
+
+
+def test_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = metrics(16)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def use() -> list[dict[str, Any]]:
+        found = read_metrics(tmp_path)
+        plots.training_curves(found)
+        report.curves({"a": found})
+        return found
+
+    assert use() == lines
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])  # cut off by a kill, and gone on with
+    assert use() == lines[:-1]
+    path.write_bytes(whole[:-9] + whole)
+    assert use() == lines[:-1] + lines[1:]
+    for other in FILES:
+        # Alone or in the midst; what a cut-off line leaves begins as a line does.
+        path.write_bytes(other)
+        if other.startswith(b"{") and other != b"{}" and b"\xe9" not in other or other == b"":
+            assert use() == []
+            continue
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            use()
+    accepted = 0
+    for place in paths(lines[7]):
+        for replacement in REPLACEMENTS:
+            path.write_text(json.dumps(changed(lines[7], place, replacement)))
+            try:
+                use()
+                accepted += 1
+            except UserError as error:
+                assert str(error).startswith(f"{path}, line 1, {place[0]}: ".replace("1, ", "1,: ")) or place[0] in str(
+                    error
+                )
+            else:
+                of_other_kind = replacement is not REMOVED and not is_number(replacement) and replacement is not None
+                known = place[0] != "time" and (place[0], replacement) != ("stage", "x")
+                assert not (of_other_kind and known), (place, replacement)
+    assert accepted > 10
+    path.unlink()
+    assert read_metrics(tmp_path) == []
+
+
+def test_rewinding_keeps_every_other_line_to_the_byte(tmp_path):
+    lines = [json.dumps(line) + "\n" for line in metrics(4)] + [
+        '{"stage": "x", "step": 1, "é": 1e-05}\n'.replace("é", "e")
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(lines) + '{"stage": "embed_tun')
+    recipe = Recipe(run_dir=str(tmp_path))
+    recipe.model.path, recipe.tracking.wandb = "m", "off"
+    with Tracker(tmp_path, recipe) as tracker:
+        tracker.rewind("embed_tuning", 2)
+    kept = [text for text in lines if '"embed_tuning"' not in text or json.loads(text)["step"] <= 2]
+    assert path.read_text() == "".join(kept) and len(kept) == len(lines) - 2
+
+
+def test_a_recorded_recipe(run_dir):
+    folder, wanted, _ = run_dir
+    path = folder / "recipe.yaml"
+
+    def use() -> None:
+        results_before(folder, wanted)
+
+    use()
+    content = yaml.safe_load(path.read_text())
+    accepted = refused = 0
+    for other in [None, [], 7, "x", True, [1], {"x": 1}]:
+        path.write_text(yaml.safe_dump(other))
+        with pytest.raises(UserError, match=r"recipe\.yaml"):
+            use()
+    for binary in (b"\xff\xfe\x00", b"\x00", b"\x89PNG", b"a: [", b"a: \xe9", b"run_dir: &a [*a]"):
+        path.write_bytes(binary)
+        with pytest.raises(UserError, match=r"recipe\.yaml"):
+            use()
+    others = (None, [], {}, 7, "x", True)
+    for number, place in enumerate(paths(content)):
+        for replacement in (REMOVED, others[number % len(others)]):
+            path.write_text(yaml.safe_dump(changed(content, place, replacement)))
+            try:
+                use()
+            except UserError as error:
+                assert "recipe.yaml" in str(error) and "\n" not in str(error), (place, replacement, str(error))
+                refused += 1
+            else:
+                assert not differing_keys(load_recipe(Recipe, str(path), []), wanted)
+                accepted += 1
+    assert refused > 50 and accepted > 20
+
+
+def test_a_run_folder_that_is_only_begun_is_resumed(run_dir):
+    folder, wanted, _ = run_dir
+    (folder / "results.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    assert results_before(folder, wanted) is None and read_results(folder) is None
