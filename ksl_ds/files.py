@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -71,6 +72,8 @@ def reason(error: Exception) -> str:
     """Why a file cannot be written or read, in a few words and without the names of our drafts."""
     if isinstance(error, shutil.Error):  # a list of (source, target, why)
         return str(error.args[0][0][2]).partition(": ")[0]
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors'
+        return os.strerror(int(number[1]))
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, HANG_SECONDS, free_port, launch, succeeds
+from conftest import ENVIRONMENT, HANG_SECONDS, free_port, launch, small_disk, succeeds
 from test_lottery import job, losses  # noqa: F401  (job is a fixture)
 
 HERE = Path(__file__).parent
@@ -29,24 +29,11 @@ def test_what_has_changed_since_the_start_is_named(job):  # noqa: F811
     assert done.stdout.count("warning: the run in run recorded no inputs.json") == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_damaged_checkpoints_and_a_full_disk(job, small_disk):  # noqa: F811
-    for name in ("model", "pairs.jsonl", "recipe.yaml", "ds.json"):
-        (shutil.copytree if (job / name).is_dir() else shutil.copy)(job / name, small_disk / name)
-    succeeds(launch(2, HERE / "ranks_damage.py", cwd=small_disk))
+def test_damaged_checkpoints_and_a_full_disk(job, tmp_path):  # noqa: F811
+    with small_disk(tmp_path / "disk", "24m") as disk:
+        for name in ("model", "pairs.jsonl", "recipe.yaml", "ds.json"):
+            (shutil.copytree if (job / name).is_dir() else shutil.copy)(job / name, disk / name)
+        succeeds(launch(2, HERE / "ranks_damage.py", cwd=disk))
 
 
 def test_fault_a_rank_is_killed_while_saving(job):  # noqa: F811

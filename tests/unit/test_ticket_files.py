@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import FILES_OF_OTHER_KINDS, REPLACEMENTS, changed, paths
 from tickets import IDS, Malicious, random_matrix, same, shifted
 
+from ksl_ds.commands import inspect
+from ksl_ds.errors import UserError
 from ksl_ds.lottery import ticket_files
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
 
@@ -169,3 +172,39 @@ def test_ticket_does_not_replace_a_foreign_folder(folder):
     with pytest.raises(ValueError, match=r"is not a ticket \(it holds model.safetensors\)"):
         draw_ticket(random_matrix(), shifted(random_matrix())).save(folder, "embed")
     assert (folder / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_a_ticket_edited_in_any_way_is_refused_or_usable(folder, capsys):
+    """With checksums made right: whatever `inspect` and `apply` would stumble over is found when reading."""
+    content = json.loads((folder / "ticket.json").read_text())
+    content["source"] |= {"train_frequency": [5, 6, 7, 8], "base": "base"}
+    del content["sha256"]
+    whole, accepted, refused = Ticket.load(folder), 0, 0
+    for place in paths(content):
+        for replacement in REPLACEMENTS:
+            record = changed(content, place, replacement)
+            record["sha256"] = ticket_files._record_sha256(record)
+            (folder / "ticket.json").write_text(json.dumps(record))
+            try:
+                ticket = inspect.load(str(folder))
+            except UserError as error:
+                assert str(folder) in str(error) and "\n" not in str(error), (place, replacement, error)
+                refused += 1
+                continue
+            accepted += 1
+            inspect.show(ticket, "ticket", None)
+            assert ticket.token_ids == whole.token_ids and torch.equal(ticket.rows_KD, whole.rows_KD)
+            assert len(ticket.tokens) == len(ticket.pvalue) == len(ticket.statistic) == len(ticket.shift_ratio) == 4
+            assert all(isinstance(token, str) for token in ticket.tokens)
+            assert all(0 <= value <= 1 for value in (*ticket.pvalue, *ticket.statistic, ticket.alpha))
+            assert (ticket.embedding_scope, ticket.method) in {("input", "exact"), ("input", "asymp")}
+    assert refused > 400 and accepted > 20
+
+
+@pytest.mark.parametrize("name", ["ticket.json", "adapter_config.json", "ks.safetensors"])
+def test_a_file_of_another_kind_in_a_ticket_is_refused(folder, name):
+    for content in FILES_OF_OTHER_KINDS:
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as error:
+            Ticket.load(folder)
+        assert "\n" not in str(error.value)
