@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from ksl_ds.errors import UserError
-from ksl_ds.files import sync, write_text
+from ksl_ds.files import Count, Record, checked, read_json, sync, write_text
 from ksl_ds.sharding import cluster
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -46,6 +46,15 @@ class TrainingState(Protocol):
 
     def load(self, folder: Path) -> None:
         """Puts back what `save` wrote. Raises UserError on every rank where it does not fit."""
+
+
+class _State(Record):
+    """state.json."""
+
+    step: Count
+    world_size: Count
+    outcome: dict[str, Any]
+    monitor: dict[str, Any]
 
 
 class Checkpoints:
@@ -101,7 +110,7 @@ class Checkpoints:
             if damage is not None:
                 cluster.say(f"warning: checkpoint {folder} is damaged ({damage}); the one before is taken")
                 continue
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            state = read_json(folder / STATE)
             check_ranks(folder, state["world_size"], training.any_world_size)
             training.load(folder)
             if state["world_size"] == cluster.world_size():
@@ -114,7 +123,7 @@ class Checkpoints:
         for folder in self._newest_first()[:1]:
             ranks = cluster.world_size()
             with suppress(OSError, ValueError, KeyError, TypeError):
-                ranks = json.loads((folder / STATE).read_text(encoding="utf-8"))["world_size"]
+                ranks = read_json(folder / STATE)["world_size"]
             check_ranks(folder, ranks, any_world_size)
 
     def remove(self) -> None:
@@ -186,15 +195,22 @@ class Checkpoints:
         """What is wrong with a checkpoint, the same on every rank; each hashes its share of the files."""
         found = None
         try:
-            digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            digests = read_json(folder / MANIFEST)
             for name in sorted(digests)[cluster.rank() :: cluster.world_size()]:
                 size, digest = digests[name]
                 if (folder / name).stat().st_size != size:
                     found = f"{name} is truncated"
                 elif file_sha256(folder / name) != digest:
                     found = f"{name} was changed"
+            if found is None:
+                state = checked(read_json(folder / STATE), _State, STATE)
+                ranks = sum(name.startswith("rank-") for name in digests)
+                if STATE not in digests or ranks != state["world_size"]:
+                    found = f"{MANIFEST} does not list {STATE} and a file for each of {state['world_size']} ranks"
         except OSError as error:
             found = f"{Path(error.filename or folder).name}: {error.strerror}"
+        except UserError as error:
+            found = str(error)
         except (ValueError, TypeError, AttributeError):
             found = f"{MANIFEST} is broken"
         return next(filter(None, cluster.gather_objects(found)), None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from mutations import FILES_OF_OTHER_KINDS, REMOVED, REPLACEMENTS, changed, paths
 from synthetic_comparison import perfect, write_comparison, write_run
@@ -17,6 +19,7 @@ from ksl_ds.cli import main
 from ksl_ds.commands.comparison import finish, show_file
 from ksl_ds.commands.entries import Entry, finished, scored_by_lottery
 from ksl_ds.errors import UserError
+from ksl_ds.lottery.shift import Shift, load_shift, save_shift
 from ksl_ds.recipe import Recipe, load_recipe, save_recipe
 from ksl_ds.report import comparison as report
 from ksl_ds.report import plots
@@ -266,6 +269,34 @@ def test_a_recorded_recipe(run_dir):
             assert "recipe.yaml" in str(error) and "\n" not in str(error), (place, str(error))
             refused += 1
     assert refused > 60 and accepted > 5
+
+
+def test_the_ks_test_of_all_tokens(tmp_path):
+    """draw.safetensors, which resume and compare read."""
+    path = tmp_path / "draw.safetensors"
+    count_V, length_V = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([0.0, 1.0, 2.0])
+    whole = Shift(count_V, length_V, length_V.clone(), num_samples=8, tested_dtype="float32")
+    others = {
+        "count is above": dataclasses.replace(whole, num_samples=7),
+        "num_samples": dataclasses.replace(whole, num_samples="x"),
+        r"count is \(3,\) int64": dataclasses.replace(whole, count_V=count_V.long()),
+        r"shift_norm is \(2,\)": dataclasses.replace(whole, shift_norm_V=length_V[1:]),
+        "shift_ratio holds NaN": dataclasses.replace(whole, shift_ratio_V=length_V / 0),
+        "count holds": dataclasses.replace(whole, count_V=-count_V),
+    }
+    for said, other in others.items():
+        save_shift(other, path)
+        with pytest.raises(UserError, match=r"draw\.safetensors cannot be read as the KS test of all tokens"):
+            load_shift(path)
+        if said not in ("count is above", "num_samples"):
+            with pytest.raises(UserError, match=said):
+                load_shift(path)
+    for content in FILES_OF_OTHER_KINDS:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"draw\.safetensors"):
+            load_shift(path)
+    save_shift(whole, path)
+    assert torch.equal(load_shift(path).count_V, count_V)
 
 
 def test_a_run_folder_that_is_only_begun_is_resumed(run_dir):
