@@ -22,7 +22,7 @@ import torch
 
 from ksl_ds.commands.estimate import Plan, plan_of
 from ksl_ds.errors import UserError
-from ksl_ds.model.folder import ModelFolder, local_folder
+from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.recipe import Recipe
 from ksl_ds.report.tables import size
 from ksl_ds.report.tracking import hardware_and_versions, tracking_mode, why_offline
@@ -172,7 +172,7 @@ def model_check(checks: Checklist, recipe: Recipe) -> ModelFolder | None:
         return "", local_folder(model.path, model.revision) if cluster.is_first_on_host() else None
 
     def check() -> tuple[str, Any]:
-        folder = ModelFolder(local_folder(model.path, model.revision), trust_remote_code=model.trust_remote_code)
+        folder = open_model(model.path, model.revision, trust_remote_code=model.trust_remote_code)
         rows, width = folder.shape(folder.embedding_name)
         folder.tokenizer()
         files = sorted((path.name, path.stat().st_size) for path in folder.path.glob("*") if path.suffix in COMPARED)

@@ -12,7 +12,7 @@ import torch
 from ksl_ds.errors import UserError
 from ksl_ds.files import reason
 from ksl_ds.lottery.ticket import Shift, choose_rows, explain_empty, make_ticket, measure_shift
-from ksl_ds.model.folder import ModelFolder, local_folder, token_strings
+from ksl_ds.model.folder import ModelFolder, open_model, token_strings
 from ksl_ds.recipe import DrawCommand
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 from ksl_ds.sharding import cluster
@@ -28,7 +28,7 @@ def run(command: DrawCommand) -> None:
     with cluster.together():
         if Path(command.out).exists():
             raise UserError(f"out={command.out} exists already; choose another folder for the ticket")
-        before, after = (ModelFolder(local_folder(path)) for path in (command.before, command.after))
+        before, after = (open_model(path) for path in (command.before, command.after))
         check_same_model(before, after)
         tokenizer = before.tokenizer()
     shift = checkpoint_shift(before, after)

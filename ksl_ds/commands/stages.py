@@ -136,6 +136,8 @@ def tune_all(run: Run) -> None:
     if "full_tuning" in run.stages:
         return
     parameters, out = list(run.model.parameters()), run.dir / "checkpoints" / "full_tuning"
+    with cluster.together():
+        run.folder.file_tensors(dict(run.folder.meta_model.named_parameters()))  # can what it trains be written?
     cluster.reset_peak_memory()
     outcome, _ = train(
         run,
@@ -261,16 +263,18 @@ def save_model(run: Run, out: Path) -> None:
     """Writes the model as it stands: rank 0 gathers tensor by tensor and holds them in host memory while it writes."""
     import deepspeed
 
-    tensors = {}
+    parameters = {}
     for name, parameter in run.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
             if cluster.is_main():
-                tensors[run.folder.stored_name(name) or run.folder.new_name(name)] = parameter.detach().cpu().clone()
+                parameters[name] = parameter.detach().cpu().clone()
     untied = run.folder.tied and not run.model.config.tie_word_embeddings
     with cluster.together():
         if cluster.is_main():
             _make_way(out)
-            write_model(run.folder, out, tensors, {"tie_word_embeddings": False} if untied else None)
+            write_model(
+                run.folder, out, run.folder.file_tensors(parameters), {"tie_word_embeddings": False} if untied else None
+            )
 
 
 def _make_way(out: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, differing_rows
-from ksl_ds.model.folder import ModelFolder, local_folder, token_strings, write_model_with_rows
+from ksl_ds.model.folder import open_model, token_strings, write_model_with_rows
 from ksl_ds.recipe import TransferCommand
 from ksl_ds.sharding import cluster
 
@@ -34,7 +34,7 @@ def transfer(command: TransferCommand) -> str:
         For a damaged ticket or model folder, a base that the ticket was not drawn on (unless `command.force`), or an
         `out` that exists.
     """
-    base = ModelFolder(local_folder(command.base))
+    base = open_model(command.base)
     shape = base.shape(base.embedding_name)
     try:
         ticket = Ticket.load(command.ticket)

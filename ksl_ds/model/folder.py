@@ -9,6 +9,7 @@ V tokens, D coordinates of an embedding row, K ticket rows.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -27,6 +28,7 @@ from ksl_ds.model.shards import INDEX, SINGLE, Patch, Shards, link_or_copy, patc
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 SIDE_FOLDER = "additional_chat_templates"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 Added = tuple[torch.dtype, tuple[int, ...], Iterable[Tensor]]  # the blocks are the tensor, cut along its rows
 
 
@@ -61,7 +63,87 @@ def config_problem(error: Exception) -> str:
     """What transformers has against a config, in a line; code that it did not run is named with the key that allows it."""
     if "custom code" in str(error):
         return "the model needs Python code that it ships; read that code, then set model.trust_remote_code=true in a recipe"
-    return str(error).strip().splitlines()[0]
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or the error's kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_folder(path: Path) -> None:
+    """Refuses a folder that is not a full model for causal generation, from its small files alone.
+
+    Raises
+    ------
+    UserError
+        For git-LFS pointers, an adapter instead of a model or beside it, a config.json that does not parse, quantised
+        weights, and an encoder-decoder.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model folder")
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{file} is a git-LFS pointer, not the file itself; run `git lfs pull` in {path}")
+    has_adapter = (path / "adapter_config.json").is_file()
+    if not (path / "config.json").is_file():
+        if has_adapter:
+            raise UserError(
+                f"{path} is an adapter, not a model: give the model that it was trained on, or merge the two first "
+                "(ksl-ds transfer for a ticket, PEFT's merge_and_unload for other adapters)"
+            )
+        raise UserError(f"{path} is not a model folder: it has no config.json")
+    if has_adapter:
+        raise UserError(
+            f"{path} holds adapter_config.json beside a model, and transformers would apply that adapter; "
+            "merge the adapter into the model, or move its files elsewhere"
+        )
+    check_config_json(path / "config.json")
+
+
+def check_config_json(file: Path) -> None:
+    """Refuses a config.json that does not parse, and those of quantised models and encoder-decoders."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a model's configuration: it holds no JSON object")
+    sections = [config, config.get("text_config")]
+    for section in sections:
+        if not isinstance(section, dict):
+            continue
+        quantised = next((key for key in ("quantization_config", "compression_config") if section.get(key)), None)
+        if quantised:
+            raise UserError(f"{file}: {quantised}: quantised folders are not supported; give the 16-bit model")
+        if section.get("is_encoder_decoder"):
+            raise UserError(
+                f"{file}: is_encoder_decoder: encoder-decoders are not supported; give a decoder-only language model"
+            )
+
+
+def check_is_decoder(config: Any, where: str | Path) -> None:
+    """Refuses encoder-decoders, also where the class says so and config.json does not, and bidirectional encoders."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.is_encoder_decoder:
+        raise UserError(f"{where}: {config.model_type}: encoder-decoders are not supported; give a decoder-only model")
+    text = config.get_text_config()
+    is_encoder = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and hasattr(text, "is_decoder")
+    bidirectional = getattr(text, "use_bidirectional_attention", None)
+    if (is_encoder and not text.is_decoder) or bidirectional is True or bidirectional == "all":
+        key = "use_bidirectional_attention" if bidirectional else "is_decoder"
+        raise UserError(
+            f"{where}: {text.model_type} is a bidirectional encoder here ({key}: {getattr(text, key)}), which sees the words "
+            "it should predict; give a decoder-only language model"
+        )
+
+
+def open_model(path: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelFolder:
+    """The model folder of a path or Hub id, whose config.json describes its files. Raises UserError."""
+    folder = ModelFolder(local_folder(path, revision), trust_remote_code=trust_remote_code)
+    folder.check()
+    return folder
 
 
 class ModelFolder(Shards):
@@ -70,15 +152,13 @@ class ModelFolder(Shards):
     Raises
     ------
     UserError
-        On opening: no folder, no config.json, no weights, only pickled weights. Later: a damaged or missing tensor.
+        On opening: no folder, no config.json, no weights, only pickled weights, and all that `check_folder` refuses.
+        Later: a damaged or missing tensor, a config that does not describe the files.
     """
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False):
         self.trust_remote_code = trust_remote_code
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no such model folder")
-        if not (Path(path) / "config.json").is_file():
-            raise UserError(f"{path} is not a model folder: it has no config.json")
+        check_folder(Path(path))
         super().__init__(Path(path))
 
     @cached_property
@@ -87,9 +167,17 @@ class ModelFolder(Shards):
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # config classes raise whatever a strange value leads to
             raise UserError(f"{self.path / 'config.json'}: {config_problem(error)}") from None
+        check_is_decoder(config, self.path / "config.json")
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > len(self.shard_of):
+            raise UserError(
+                f"{self.path / 'config.json'}: num_hidden_layers is {layers}, but the files hold {len(self.shard_of)} tensors"
+            )
+        config.return_dict = True  # outputs are read by name
+        return config
 
     @cached_property
     def meta_model(self) -> Any:
@@ -101,29 +189,85 @@ class ModelFolder(Shards):
             # That state keeps transformers from partitioning this model where a ZeRO-3 configuration is alive.
             with torch.device("meta"), set_zero3_state():
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{self.path}: no causal language model: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:  # impossible sizes and missing packages fail anywhere in a model's code
+            raise UserError(
+                f"{self.path / 'config.json'}: no causal language model can be built from it: {first_line(error)}"
+            ) from None
+
+    def check(self) -> None:
+        """Compares config.json with the files' headers: every stored parameter has the shape and kind that it says.
+
+        Raises
+        ------
+        UserError
+            For a config that no model can be built from, and for the first tensor that does not fit.
+        """
+        parameters = dict(self.meta_model.named_parameters(remove_duplicate=False))
+        embedding = f"{self.embedding_module}.weight"
+        config = self.path / "config.json"
+        for name in sorted(parameters, key=lambda name: name != embedding):
+            stored = self.stored_name(name)
+            if stored is None:
+                continue
+            shape = self.shape(stored)
+            expected = tuple(parameters[name].shape)
+            if not self.dtype(stored).is_floating_point:
+                raise UserError(f"{self.path}: {stored} holds {self.dtype(stored)}, not floating-point weights")
+            if self.dtype(stored).itemsize == 1:
+                raise UserError(
+                    f"{self.path}: {stored} is FP8: quantised folders are not supported; give the 16-bit model"
+                )
+            if name == embedding and len(shape) == 2 and shape[1] == expected[1] and shape[0] != expected[0]:
+                raise UserError(f"{config}: vocab_size is {expected[0]}, but {stored} has {shape[0]} rows in the files")
+            if shape != expected:
+                raise UserError(f"{config}: {stored} should have shape {expected}, but has {shape} in the files")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Every stored tensor has a place in the model, and every parameter a stored tensor."""
+        from transformers.utils.loading_report import LoadStateDictInfo
+
+        model = self.meta_model
+        unplaced = {name for name, (target, _) in self._targets.items() if target is None}
+        info = LoadStateDictInfo(set(), unplaced, set(), [], {}, set())
+        model._adjust_missing_and_unexpected_keys(info)
+        if info.unexpected_keys:
+            raise UserError(
+                f"{self.path}: {len(info.unexpected_keys)} tensors in the files have no place in a "
+                f"{model.config.model_type}, such as {min(info.unexpected_keys)}; config.json describes another model"
+            )
 
     @cached_property
-    def _rename(self) -> Callable[[str], str | None]:
-        """From a tensor's name in files to the parameter's in the model; None for one that is fused or reshaped."""
+    def _conversions(self) -> list[Any]:
+        """What transformers renames, fuses and reshapes when it loads this architecture."""
         from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return get_model_conversion_mapping(self.meta_model)
+
+    @cached_property
+    def _rename(self) -> Callable[[str], tuple[str | None, bool]]:
+        """From a tensor's name in files to the model's, None where it has no place; and whether it is fused or reshaped."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        rules = get_model_conversion_mapping(self.meta_model)
+        rules = self._conversions
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         prefix, state = self.meta_model.base_model_prefix, self.meta_model.state_dict()
 
-        def rename(stored: str) -> str | None:
+        def rename(stored: str) -> tuple[str | None, bool]:
             renamed, converted = rename_source_key(stored, renamings, converters, prefix, state)
-            return renamed if converted is None and renamed in state else None
+            return renamed if renamed in state else None, converted is not None
 
         return rename
 
     @cached_property
-    def _stored_names(self) -> dict[str | None, str]:
-        return {self._rename(name): name for name in self.shard_of}
+    def _targets(self) -> dict[str, tuple[str | None, bool]]:
+        return {name: self._rename(name) for name in self.shard_of}
+
+    @cached_property
+    def _stored_names(self) -> dict[str, str]:
+        """By parameter, for those that are stored as they are."""
+        return {target: name for name, (target, converted) in self._targets.items() if target and not converted}
 
     def stored_name(self, parameter_name: str) -> str | None:
         """The name in the files of a model's parameter; None where it is stored in another form, or not at all."""
@@ -135,7 +279,69 @@ class ModelFolder(Shards):
 
         parameter = self.meta_model.get_parameter(parameter_name)
         name = next(iter(revert_weight_conversion(self.meta_model, {parameter_name: parameter})))
-        return name if self._rename(name) == parameter_name else parameter_name
+        return name if self._rename(name) == (parameter_name, False) else parameter_name
+
+    def file_tensors(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A whole model's parameters as its files hold them: the files' names, and what loading fused taken apart.
+
+        A tied matrix is given under every name that the files hold it by. An untied head that they lack is added.
+
+        Raises
+        ------
+        UserError
+            Where the files hold the model in a form that transformers cannot write.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        ends = {f"{self.embedding_module}.weight", f"{self.head_module}.weight"}
+        in_files: dict[str, Tensor] = {}
+        fused: dict[str, Tensor] = {}
+        for name, tensor in parameters.items():
+            aliases = [name, *(other for other in self._aliases.get(name, ()) if other not in parameters)]
+            stored = [self.stored_name(alias) for alias in aliases]
+            if any(stored):
+                in_files |= {known: tensor for known in stored if known}
+            elif name in ends:
+                in_files[self.new_name(name)] = tensor
+            else:
+                fused[name] = tensor
+        if fused:
+            # As on a loaded model, only the conversions that the files needed are reverted.
+            model = copy.copy(self.meta_model)
+            model._weight_conversions = [rule for rule in self._conversions if rule.was_used()]
+            prefix = model.base_model_prefix
+            for name, tensor in revert_weight_conversion(model, fused).items():
+                candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+                in_files[next((known for known in candidates if known in self.shard_of), name)] = tensor
+        stored_parameters = {
+            name for name, (target, converted) in self._targets.items() if converted or target in self._parameter_names
+        }
+        untied = {self.new_name(name) for name in ends} if self.tied else set()
+        differing = (in_files.keys() - self.shard_of.keys() - untied) | (stored_parameters - in_files.keys())
+        if differing:
+            raise UserError(
+                f"{self.path}: the files hold tensors in a form that transformers does not write ({min(differing)}), so a fully "
+                "tuned model cannot be saved; load the model with transformers, save it, and give that folder"
+            )
+        return in_files
+
+    @cached_property
+    def _parameter_names(self) -> set[str]:
+        return {name for name, _ in self.meta_model.named_parameters(remove_duplicate=False)}
+
+    @cached_property
+    def _aliases(self) -> dict[str, list[str]]:
+        """By parameter, the other names of the same matrix; embedding and head only where the files agree."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.meta_model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        embedding = f"{self.embedding_module}.weight"
+        return {
+            name: [other for other in group if other != name]
+            for group in names.values()
+            if self.tied or embedding not in group
+            for name in group
+        }
 
     @cached_property
     def embedding_module(self) -> str:
@@ -152,10 +358,15 @@ class ModelFolder(Shards):
         return next(name for name, other in self.meta_model.named_modules() if other is module)
 
     @cached_property
+    def config_ties(self) -> bool:
+        """Whether the architecture makes embedding and head one matrix under this config, whatever the files hold."""
+        head = self.meta_model.get_output_embeddings()
+        return head is not None and head.weight is self.meta_model.get_input_embeddings().weight
+
+    @cached_property
     def tied(self) -> bool:
         """Whether embedding and head are one matrix, as transformers decides: the config says so, the files agree."""
-        embedding, head = self.meta_model.get_input_embeddings(), self.meta_model.get_output_embeddings()
-        if head is None or head.weight is not embedding.weight:
+        if not self.config_ties:
             return False
         names = [self.stored_name(f"{module}.weight") for module in (self.embedding_module, self.head_module)]
         if None in names:
@@ -266,6 +477,8 @@ def _write(
     added: dict[str, Added],
     config_updates: dict[str, Any],
 ) -> None:
+    if base.config_ties and not base.tied:
+        config_updates = {"tie_word_embeddings": False} | config_updates
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; choose another folder to write the model to")

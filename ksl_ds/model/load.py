@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ksl_ds.errors import UserError
-from ksl_ds.model.folder import ModelFolder, local_folder
+from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.recipe import Model, Recipe
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
@@ -32,7 +32,7 @@ def open_folder(recipe: Model) -> ModelFolder:
     if recipe.trust_remote_code:
         cluster.say(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
     with cluster.together():
-        return ModelFolder(local_folder(recipe.path, recipe.revision), trust_remote_code=recipe.trust_remote_code)
+        return open_model(recipe.path, recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
 def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> nn.Module:
@@ -52,7 +52,9 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     zero_config = HfDeepSpeedConfig(config)
     model_config = copy.deepcopy(folder.config)
     untie = folder.tied and recipe.model.embedding_scope == "input"
-    if untie:
+    if untie or (folder.config_ties and not folder.tied):
+        # Where config.json says tied and the files hold two matrices, transformers compares the two, and under stage 3 it
+        # sees two empty ones.
         model_config.tie_word_embeddings = False
     model, info = AutoModelForCausalLM.from_pretrained(
         folder.path,
@@ -72,6 +74,11 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         _copy_weight(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     if missing:
         raise UserError(f"{folder.path}: the checkpoint lacks {len(missing)} weights, such as {min(missing)}")
+    if info["unexpected_keys"]:
+        unexpected = info["unexpected_keys"]
+        raise UserError(
+            f"{folder.path}: {len(unexpected)} tensors in the files have no place in the model, such as {min(unexpected)}"
+        )
     verify_weights(model, folder)
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -107,7 +114,7 @@ def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
 
 def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:
     """Name of the first weight whose part on this rank differs from a checkpoint's in the model's dtype, if any does."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         stored = folder.stored_name(name)
         if stored is None or parameter is leave_out:
             continue

@@ -50,9 +50,18 @@ class Shards:
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         if (self.path / INDEX).is_file():
             try:
-                shard_of = dict(json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path / INDEX} is not an index of shards: {error!r}") from None
+                index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+                shard_of = dict(index["weight_map"])
+                dict(index["metadata"])  # transformers reads it
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(
+                    f"{self.path / INDEX} is not an index of shards, with metadata and weight_map: {error!r}"
+                ) from None
+            strange = next((name for name, shard in shard_of.items() if not isinstance(shard, str)), None)
+            if strange is not None:
+                raise UserError(
+                    f"{self.path / INDEX}: weight_map: {strange}: {shard_of[strange]!r} is not a file's name"
+                )
             for shard in set(shard_of.values()):
                 if Path(shard).name != shard or not (self.path / shard).is_file():
                     raise UserError(f"{self.path} is a model folder without weights: shard {shard} is missing")
@@ -89,7 +98,10 @@ class Shards:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._slice(name).get_dtype()]
+        kind = self._slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise UserError(f"{self.path}: {name} is stored as {kind}, which is not supported; give the 16-bit model")
+        return DTYPES[kind]
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a tensor along its first dimension; nothing else is read. May be a mapped view."""
