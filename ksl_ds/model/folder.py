@@ -320,7 +320,7 @@ class ModelFolder(Shards):
         differing = (in_files.keys() - self.shard_of.keys() - untied) | (stored_parameters - in_files.keys())
         if differing:
             raise UserError(
-                f"{self.path}: the files hold tensors in a form that transformers does not write ({min(differing)}), so a fully "
+                f"{self.path}: the files hold {min(differing)} in another form than transformers writes, so a fully "
                 "tuned model cannot be saved; load the model with transformers, save it, and give that folder"
             )
         return in_files

@@ -14,11 +14,20 @@ from safetensors.torch import load_file, save_file
 from tickets import Malicious
 from tiny import make_model_folder
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import conversion_mapping as CONVERSIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ksl_ds.errors import UserError
 from ksl_ds.model import folder as folder_module
 from ksl_ds.model import shards as shards_module
-from ksl_ds.model.folder import ModelFolder, local_folder, token_strings, write_model, write_model_with_rows
+from ksl_ds.model.folder import (
+    ModelFolder,
+    local_folder,
+    open_model,
+    token_strings,
+    write_model,
+    write_model_with_rows,
+)
 
 IDS = [3, 17, 130]
 
@@ -349,3 +358,180 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, step):
         write_model_with_rows(base, tmp_path / "out", IDS, torch.ones(3, 32), "input")
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
     assert {file.name: file.read_bytes() for file in base.path.iterdir()} == before
+
+
+# Folders that are not what they seem
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantised folders are not supported; give the 16",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantised folders are not supported; give the 16-bit model",
+        ),
+        ({"is_encoder_decoder": True}, "encoder-decoders are not supported"),
+        ({"model_type": "bert", "is_decoder": False}, "bert is a bidirectional encoder here"),
+        ({"vocab_size": 200}, "vocab_size is 200, but model.embed_tokens.weight has 134 rows"),
+        ({"hidden_size": 64, "head_dim": 8}, r"should have shape \(134, 64\), but has \(134, 32\)"),
+        ({"hidden_size": -4}, r"config\.json"),
+        ({"num_key_value_heads": 0}, r"config\.json"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, but the files hold \d+ tensors"),
+        ({"num_hidden_layers": 1}, "9 tensors in the files have no place in a llama, such as model.layers.1"),
+        ({"pad_token_id": 500}, r"config\.json"),
+        ({"attn_implementation": "flash_attention_2"}, r"config\.json: no causal language model can be built"),
+        ({"model_type": ["llama"]}, r"config\.json"),
+    ],
+)
+def test_configs_that_do_not_describe_the_files_are_refused(tmp_path, changes, sentence):
+    path = make_model_folder(tmp_path / "base")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=sentence) as refused:
+        open_model(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_return_dict_of_a_config_does_not_matter(tmp_path):
+    path = make_model_folder(tmp_path / "base")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    assert open_model(path).config.return_dict
+
+
+def test_adapters_are_no_models(tmp_path):
+    path = make_model_folder(tmp_path / "base")
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds adapter_config\.json beside a model"):
+        open_model(path)
+    (path / "config.json").unlink()
+    with pytest.raises(UserError, match="is an adapter, not a model: give the model that it was trained on"):
+        open_model(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"])
+def test_git_lfs_pointers_are_named(tmp_path, name):
+    path = make_model_folder(tmp_path / "base")
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=f"{name} is a git-LFS pointer, not the file itself; run `git lfs pull`"):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"weight_map": {"a": "model.safetensors"}}, "not an index of shards, with metadata"),
+        ({"metadata": {}, "weight_map": {"a": 7}}, "weight_map: a: 7 is not a file's name"),
+        ({"metadata": {}, "weight_map": {"a": ["b"]}}, r"weight_map: a: \['b'\] is not a file's name"),
+        ({"metadata": {}, "weight_map": 3}, "not an index of shards"),
+    ],
+)
+def test_indices_of_another_form_are_refused(tmp_path, index, sentence):
+    path = make_model_folder(tmp_path / "base")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=sentence):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda matrix: matrix.flatten(), r"should have shape \(134, 32\), but has \(4288,\)"),
+        (lambda matrix: matrix[None].clone(), r"should have shape \(134, 32\), but has \(1, 134, 32\)"),
+        (lambda matrix: matrix.int(), "holds torch.int32, not floating-point weights"),
+        (lambda matrix: matrix.to(torch.float8_e4m3fn), "is FP8: quantised folders are not supported"),
+        (lambda matrix: matrix.to(torch.uint16), "is stored as U16, which is not supported"),
+    ],
+)
+def test_embeddings_of_another_form_are_refused(tmp_path, change, sentence):
+    path = make_model_folder(tmp_path / "base")
+    stored = tensors(path)
+    stored["model.embed_tokens.weight"] = change(stored["model.embed_tokens.weight"])
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=sentence):
+        open_model(path)
+
+
+def test_two_matrices_under_a_config_that_says_tied_are_written_untied(tmp_path):
+    path = make_model_folder(tmp_path / "base", tied=True)
+    stored = tensors(path)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    base = open_model(path)
+    assert base.config_ties and not base.tied
+    write_model_with_rows(base, tmp_path / "out", IDS, torch.ones(3, 32), "input")
+    assert not open_model(tmp_path / "out").config_ties
+    assert same(loaded(tmp_path / "out")["lm_head.weight"], stored["lm_head.weight"])
+
+
+@pytest.mark.parametrize("storage", ["embedding only", "head only", "both"])
+def test_a_whole_tied_model_is_written_under_every_name(tmp_path, storage):
+    path = make_model_folder(tmp_path / "base", tied=True)
+    stored = tensors(path)
+    if storage != "embedding only":
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    if storage == "head only":
+        del stored["model.embed_tokens.weight"]
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    assert_whole_model_is_written(open_model(path), tmp_path / "out")
+
+
+# Every architecture that transformers converts on loading
+
+
+CONVERSIONS.get_checkpoint_conversion_mapping("llama")  # fills the table
+CONVERTED = {
+    name for name in CONVERSIONS._checkpoint_conversion_mapping_cache if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+}
+NOT_TINY = {
+    "deepseek_v4": "transformers does not read back the final norm that it writes itself",
+    "emu3": "a multimodal wrapper, whose image part has no tiny size here",
+    "gemma3": "a multimodal wrapper, whose image part has no tiny size here",
+    "gemma3n_text": "its kinds of layers demand more layers than a tiny model has",
+    "gemma4_unified": "its sizes differ by layer",
+    "got_ocr2": "a multimodal wrapper, whose image part has no tiny size here",
+    "granitemoehybrid": "its recurrent layers demand matching sizes",
+    "lfm2_moe": "it has no default kinds of layers",
+    "mllama": "a multimodal wrapper, whose image part has no tiny size here",
+}
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def assert_whole_model_is_written(base: ModelFolder, out: Path) -> None:
+    """Other values for every parameter are what plain transformers loads from the written folder."""
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    write_model(base, out, base.file_tensors(dict(model.named_parameters())))
+    again, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    expected, written = (dict(each.named_parameters()) for each in (model, again))
+    assert written.keys() == expected.keys()
+    assert [name for name in expected if not same(written[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=[pytest.mark.skip(reason=NOT_TINY[name])] if name in NOT_TINY else [])
+        for name in sorted(CONVERTED)
+    ],
+)
+def test_a_whole_model_is_written_as_transformers_reads_it(tmp_path, architecture):
+    text = AutoConfig.for_model(architecture).get_text_config()
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in TINY.items() if hasattr(text, name)}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(tmp_path / "base")
+    assert_whole_model_is_written(open_model(tmp_path / "base"), tmp_path / "out")
