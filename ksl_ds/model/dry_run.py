@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ksl_ds.errors import UserError
-from ksl_ds.model.folder import config_problem
+from ksl_ds.model.folder import check_folder, check_is_decoder, config_problem
 
 SHAPES_FILE = Path(__file__).parent.parent / "data" / "model_shapes.json"
 ATTENTION = "ksl_ds_dry_run"
@@ -86,7 +86,13 @@ def model_config(name: str, revision: str | None = None, *, trust_remote_code: b
             return AutoConfig.for_model(**shapes[name])
         # A config.json stands for its folder; of a Hub model the config alone is fetched, not the weights.
         where = path.parent if path.is_file() else path if path.is_dir() else name
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        if path.is_dir():
+            check_folder(path)
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise UserError(f"model {name}: quantised folders are not supported; give the 16-bit model")
+        check_is_decoder(config, f"model {name}")
+        return config
     except (ValueError, OSError, KeyError, TypeError) as error:
         known = "" if path.exists() else f"; built-in shapes are {', '.join(shapes)}"
         raise UserError(f"model {name}: {config_problem(error)}{known}") from None
