@@ -2,7 +2,11 @@
 
 A hook on the weight's gradient keeps the chosen rows only, before any reduction, clipping or optimizer sees the others. That
 is not enough: weight decay and momentum of an earlier phase move rows whose gradient is zero. So the other rows are put
-back after every optimizer step, on the part of the fp32 master weights that this rank steps; no rank sends anything.
+back after every optimizer step, on the part of the fp32 master weights that this rank steps; no rank sends anything. So
+are copies of the weights that an optimizer keeps (optimizers.py).
+
+The hooks live as long as the weight; copies of the model, deep or pickled, have their own. What would lift the restriction
+unnoticed, such as another weight in this one's place, is an error at the next forward pass that records gradients.
 
 Exact and simple, but gradient and optimizer states keep the size of the whole matrix, and a step copies this rank's part
 of it twice. Mode `rows` (ticket_rows.py) does without.
@@ -12,14 +16,50 @@ Legend: V tokens, D coordinates, K chosen rows; `flat` tensors are parts of a fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef
 
-from ksl_ds.sharding.rows import master_part
+from ksl_ds.model.embeddings import embedding_of, is_in_adapter_model, unwrapped, weight_of
+from ksl_ds.model.optimizers import (
+    Stepped,
+    adds_decay_to_gradient,
+    copies_of_weight,
+    decay_of_step,
+    held_by_any_optimizer,
+    stepped_part,
+)
+from ksl_ds.sharding.masters import refresh_hidden_master
+from ksl_ds.sharding.rows import is_stepped_by_zero
+
+SAMPLE = 1024  # elements outside the chosen rows by which an optimizer's decay is measured
+
+
+@dataclass
+class Elements:
+    """The elements of a part of the weight: those of chosen rows, a sample of the others, and the base of the chosen."""
+
+    chosen: Tensor
+    sample: Tensor
+    base: Tensor
+
+
+@dataclass
+class OpenStep:
+    """What a step that has begun needs at its end."""
+
+    part: Stepped
+    before: Tensor
+    has_gradient: bool
 
 
 class TrainedRows:
@@ -27,71 +67,168 @@ class TrainedRows:
 
     def __init__(self, weight: nn.Parameter, ids: Tensor, base_KD: Tensor | None):
         self.ids = ids  # (K,) int64, ascending
-        self._weight, self._base_KD = weight, base_KD
-        self._before: Tensor | None = None  # this rank's part of the weight, during an optimizer step
-        self._base: Tensor | None = None  # the chosen rows' elements in it, which decay pulls towards
+        self._base_KD = base_KD
+        # The weight's hook holds this object, and nothing here holds the weight.
+        self._reference = TensorWeakRef(weight)
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._elements: tuple[Any, Elements] | None = None  # of the part that was stepped last
+        self._open: dict[int, OpenStep] = {}
+        self._copies: weakref.WeakKeyDictionary[Optimizer, dict[str, bool]] = weakref.WeakKeyDictionary()
+        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # they do not step the weight
+        self._has_gradient = False
+        self._has_optimizer = False
+        self._has_warned = False
+        trains = weight.requires_grad
+        weight.requires_grad_(True)  # a copy may be frozen for now, and a hook is refused then
         self._handles = [
             weight.register_hook(self._keep_chosen_rows),
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
+            register_optimizer_step_pre_hook(_weakly(self._before_step)),
+            register_optimizer_step_post_hook(_weakly(self._after_step)),
         ]
+        weight.requires_grad_(trains)
+        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+
+    def watch(self, *modules: nn.Module) -> None:
+        """Checks in forward passes of these modules that the restriction still holds."""
+        for module in modules:
+            self._watched.add(module)
+            self._handles.append(module.register_forward_pre_hook(self._check))
 
     def remove(self) -> None:
         """Lets all rows train again. Rows and optimizer states stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._finalizer()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainedRows:
+        weight = self._reference()
+        if weight is None:
+            return self
+        copied = TrainedRows(copy.deepcopy(weight, memo), self.ids, self._base_KD)
+        copied._watched.update(memo[id(module)] for module in self._watched if id(module) in memo)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weight = self._reference()
+        return TrainedRows, (nn.Parameter(torch.empty(0)) if weight is None else weight, self.ids, self._base_KD)
 
     def _keep_chosen_rows(self, gradient_VD: Tensor) -> Tensor:
-        # Not a multiplication by a mask: an infinity in a row that does not count would become a NaN.
+        self._has_gradient = True
         ids = self.ids.to(gradient_VD.device)
+        if gradient_VD.is_sparse:
+            gradient_VD = gradient_VD.coalesce()
+            kept = torch.isin(gradient_VD.indices()[0], ids)
+            rows = gradient_VD.indices()[:, kept], gradient_VD.values()[kept]
+            return torch.sparse_coo_tensor(*rows, gradient_VD.shape, is_coalesced=True, check_invariants=False)
+        # Not a multiplication by a mask: an infinity in a row that does not count would become a NaN.
         kept_VD = torch.zeros_like(gradient_VD)
         kept_VD[ids] = gradient_VD[ids]
         return kept_VD
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        flat, start = master_part(self._weight)
-        if self._group_of(optimizer, flat) is None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        weight = self._reference()
+        if weight is None:
             return
-        self._before = flat.clone()
-        if self._base is None:
-            chosen = self._chosen_elements(flat, start)
-            self._base = flat[chosen].clone() if self._base_KD is None else self._base_elements(chosen.cpu() + start)
-            self._base = self._base.to(flat)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        flat, start = master_part(self._weight)
-        group = self._group_of(optimizer, flat)
-        if group is None or self._before is None or self._base is None:
+        part = stepped_part(optimizer, weight, search=optimizer not in self._strangers)
+        if part is None:
+            self._strangers.add(optimizer)
+            self._refuse_unknown(optimizer, weight)
             return
-        chosen = self._chosen_elements(flat, start)
-        moved = flat[chosen]
-        if _decays_decoupled(optimizer, group):
-            # The optimizer pulled towards 0; the same pull towards the base value differs by this.
-            moved = moved + group["lr"] * group["weight_decay"] * self._base
-        flat.copy_(self._before)
-        flat[chosen] = moved
-        self._before = None
+        self._has_optimizer = True
+        elements = self._elements_of(part, weight)
+        gradient = part.parameter.grad
+        decay = float(part.group.get("weight_decay") or 0)
+        if gradient is not None and decay and adds_decay_to_gradient(optimizer, part.group):
+            # It will add decay times the row; this makes it decay times the distance from the base.
+            pull = -decay if part.group.get("maximize") else decay
+            part.cut(gradient)[elements.chosen] -= (pull * elements.base).to(gradient.dtype)
+        self._open[id(optimizer)] = OpenStep(part, part.flat.clone(), gradient is not None)
 
-    def _base_elements(self, elements: Tensor) -> Tensor:
-        """The values that `elements` of the flattened weight have in the chosen rows' base."""
-        row_length = _shape(self._weight)[1]
-        assert self._base_KD is not None
-        return self._base_KD[torch.searchsorted(self.ids, elements // row_length), elements % row_length]
+    def _after_step(self, optimizer: Optimizer) -> None:
+        weight, step = self._reference(), self._open.pop(id(optimizer), None)
+        if weight is None or step is None:
+            return
+        part = stepped_part(optimizer, weight) or step.part
+        elements = self._elements_of(part, weight)
+        before_S = step.before[elements.sample]
+        known = self._copies.setdefault(optimizer, {})
+        known.update(copies_of_weight(optimizer, part, elements.sample, before_S, known))
+        states = optimizer.state.get(part.parameter, {})
+        copies = [part.cut(states[name]) for name, is_copy in known.items() if is_copy and name in states]
+        for flat in (part.flat, *copies):
+            moved = flat[elements.chosen]
+            decay = 0.0
+            if step.has_gradient:  # without one, optimizers leave a parameter alone
+                decay = self._decay(optimizer, part, before_S, flat[elements.sample], is_copy=flat is not part.flat)
+            if decay:
+                # The optimizer pulled towards 0; the same pull towards the base value differs by this.
+                moved = moved + decay * elements.base
+            flat.copy_(step.before)
+            flat[elements.chosen] = moved
 
-    def _group_of(self, optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any] | None:
-        """The parameter group whose tensors contain `flat`; None when this optimizer steps something else."""
-        storage = flat.untyped_storage().data_ptr()
-        for group in optimizer.param_groups:
-            if any(parameter.untyped_storage().data_ptr() == storage for parameter in group["params"]):
-                return group if flat.numel() else None
-        return None
+    def _decay(self, optimizer: Optimizer, part: Stepped, before_S: Tensor, after_S: Tensor, *, is_copy: bool) -> float:
+        decay = decay_of_step(optimizer, part.group, before_S, after_S, is_copy=is_copy)
+        if decay is None and part.group.get("weight_decay") and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"train_only_rows cannot tell how {type(optimizer).__name__} applies weight_decay: it may pull the "
+                "chosen rows towards 0 instead of their base values; set weight_decay to 0 for the embedding",
+                stacklevel=2,
+            )
+        return decay or 0.0
 
-    def _chosen_elements(self, flat: Tensor, start: int) -> Tensor:
-        """Positions in `flat`, which begins at element `start` of the weight, that belong to chosen rows; int64."""
-        row_length = _shape(self._weight)[1]
-        elements = (self.ids[:, None] * row_length + torch.arange(row_length)).flatten() - start
-        return elements[(elements >= 0) & (elements < flat.numel())].to(flat.device)
+    def _refuse_unknown(self, optimizer: Optimizer, weight: nn.Parameter) -> None:
+        """Raises RuntimeError where the weight has a gradient and nothing that steps it is known."""
+        if self._has_optimizer or not self._has_gradient or is_stepped_by_zero(weight):
+            return
+        self._has_optimizer = held_by_any_optimizer(weight)
+        if not self._has_optimizer:
+            raise RuntimeError(
+                f"train_only_rows: no optimizer holds the embedding's weight or its fp32 master, so its rows cannot be "
+                f"restricted ({type(optimizer).__name__} steps now); give the optimizer the model's own parameters, "
+                "or call remove()"
+            )
+
+    def _check(self, module: nn.Module, inputs: Any) -> None:
+        """Raises RuntimeError where this forward pass would train something else than the chosen rows."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._finalizer.alive:
+            return
+        for watched in {module, *self._watched}:
+            if not _is_restricted(embedding_of(watched)):
+                raise RuntimeError(
+                    "train_only_rows: the embedding or its weight was replaced (assigned, parametrized or wrapped), so its "
+                    "rows are no longer restricted; call remove() and then train_only_rows again"
+                )
+        weight = embedding_of(module)._parameters["weight"]
+        is_own = weight is self._reference()
+        if is_own and module.training and not weight.requires_grad and not self._has_optimizer:
+            raise RuntimeError(
+                "train_only_rows: the embedding was frozen afterwards, so none of its rows would train; PEFT does that: "
+                "call train_only_rows after get_peft_model, or call remove()"
+            )
+
+    def _elements_of(self, part: Stepped, weight: nn.Parameter) -> Elements:
+        key = (part.start, part.flat.numel(), part.flat.dtype, part.flat.device)
+        if self._elements is None or self._elements[0] != key:
+            num_rows, row_length = _shape(weight)
+            end = part.start + part.flat.numel()
+
+            def within(elements: Tensor) -> Tensor:
+                return elements[(elements >= part.start) & (elements < end)]
+
+            chosen = within((self.ids[:, None] * row_length + torch.arange(row_length)).flatten())
+            is_other_V = torch.ones(num_rows, dtype=torch.bool)
+            is_other_V[self.ids] = False
+            rows = torch.arange(part.start // row_length, -(-end // row_length))
+            others = rows[is_other_V[rows]]
+            others = others[:: len(others) // SAMPLE + 1]
+            sample = within(others * row_length + torch.arange(len(others)) % row_length)
+            positions = (chosen - part.start).to(part.flat.device)
+            if self._base_KD is None:
+                base = part.flat[positions].clone()
+            else:
+                base = self._base_KD[torch.searchsorted(self.ids, chosen // row_length), chosen % row_length]
+            elements = Elements(positions, (sample - part.start).to(part.flat.device), base.to(part.flat))
+            self._elements = key, elements
+        return self._elements[1]
 
 
 def train_only_rows(
@@ -140,9 +277,8 @@ def train_only_rows(
     tensor([False,  True, False,  True, False])
     >>> handle.remove()
     """
-    get_embedding = getattr(model_or_embedding, "get_input_embeddings", None)
-    embedding = get_embedding() if get_embedding is not None else model_or_embedding
-    weight = embedding.weight
+    embedding = embedding_of(model_or_embedding)
+    weight = weight_of(model_or_embedding, embedding)
     chosen = torch.unique(torch.as_tensor(ids, dtype=torch.int64, device="cpu"))
     num_rows = _shape(weight)[0]
     if chosen.numel() == 0:
@@ -152,18 +288,41 @@ def train_only_rows(
     if base is not None and tuple(base.shape) != (len(chosen), _shape(weight)[1]):
         raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(len(chosen), _shape(weight)[1])}")
     weight.requires_grad_(True)
-    return TrainedRows(weight, chosen, base)
+    refresh_hidden_master(weight)
+    if is_in_adapter_model(model_or_embedding, embedding):
+        warnings.warn(
+            "rows trained by train_only_rows are no part of PEFT's adapter; save the model with "
+            "save_pretrained(..., save_embedding_layers=True), or let PEFT train the rows (trainable_token_indices)",
+            stacklevel=2,
+        )
+    rows = TrainedRows(weight, chosen, base)
+    rows.watch(*{embedding, unwrapped(model_or_embedding)})
+    return rows
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)
 
 
-def _decays_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the optimizer multiplies weights by 1 - lr * weight_decay, apart from their gradient."""
-    if not group.get("weight_decay"):
-        return False
-    if "decoupled_weight_decay" in group:  # torch's Adam and AdamW
-        return bool(group["decoupled_weight_decay"])
-    flags = [getattr(optimizer, name) for name in ("adam_w_mode", "adamw_mode") if hasattr(optimizer, name)]
-    return bool(flags[0]) if flags else type(optimizer).__name__ in ("AdamW", "Lion")
+def _is_restricted(embedding: nn.Module) -> bool:
+    weight = embedding._parameters.get("weight")
+    owners = [getattr(hook, "__self__", None) for hook in embedding._forward_pre_hooks.values()]
+    return any(isinstance(owner, TrainedRows) and owner._reference() is weight for owner in owners)
+
+
+def _weakly(method: Callable[[Optimizer], None]) -> Callable[..., None]:
+    """A hook for optimizer steps that does not keep the method's object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(optimizer)
+
+    return hook
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -3,7 +3,7 @@
 Under ZeRO-3 a rank reads the fp32 master weights of its own part, and only the pieces of rows that are broken at its edges
 travel, from the rank that holds them to the one that owns the row. In stages 1 and 2 the masters are cut by the optimizer's
 own plan: where the matrix trains alone that is nearly the same cut, else rows travel once to their owners. In stage 0, and
-without an engine, every rank has all. Stage 0 in 16 bits hides its masters in the optimizer, so the weights are read there.
+without an engine, every rank has all; the fp32 masters of stage 0 in 16 bits are found in masters.py.
 
 Legend: V rows of the matrix, D elements of a row, R rows that this rank owns, K chosen rows; `flat` is a part of the
 flattened matrix.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ksl_ds.errors import UserError
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, travelling, whole_rows, zero3_parts
+from ksl_ds.sharding.masters import hidden_master
 
 BLOCK_BYTES = 64 << 20  # of rows that are worked on, or sent to all, at once
 
@@ -65,11 +66,11 @@ class Traffic:
         return received
 
 
-def master_part(parameter: Any) -> tuple[Tensor, int]:
+def master_part(parameter: Any, *, search: bool = True) -> tuple[Tensor, int]:
     """This rank's live flat part of a parameter, and its offset: what the optimizer steps.
 
     The fp32 master values where an optimizer holds some, else the weights themselves. Padding is left out. Writing to the
-    tensor writes to the optimizer's copy only; see `RowShard.write` for both.
+    tensor writes to the optimizer's copy only; see `RowShard.write` for both. Without `search`, see `hidden_master`.
     """
     if hasattr(parameter, "ds_tensor"):
         size = parameter.ds_tensor.ds_numel
@@ -88,7 +89,13 @@ def master_part(parameter: Any) -> tuple[Tensor, int]:
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is not None:
         return mapping.hp_fragment.detach(), mapping.lp_fragment_address.start
-    return parameter.detach().view(-1), 0
+    master = hidden_master(parameter, search=search)
+    return (parameter.detach() if master is None else master).view(-1), 0
+
+
+def is_stepped_by_zero(parameter: Any) -> bool:
+    """Whether ZeRO's stages 1 to 3 step a parameter, on this rank or on others."""
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
 
 
 class RowShard:
@@ -139,7 +146,7 @@ class RowShard:
         """
         parts, own = self._parts(), Span(self.start, self.stop)
         if parts is None:
-            weight_VD = self._parameter.detach()
+            weight_VD = master_part(self._parameter)[0].view(self.num_rows, self.row_length)
             for rows in blocks_of(own, num_rows):
                 yield rows.start, weight_VD[rows.start : rows.stop]
             return
@@ -179,24 +186,26 @@ class RowShard:
         )
         for rank, span in incoming.items():
             cut(flat, held, span).copy_(pieces[rank])
-        self._store(flat, held)
+        store(flat, held, self._copies())
         self._release()
 
     def _write_everywhere(self, rows_RD: Tensor) -> None:
         """Every rank computes with the whole matrix, wherever its masters lie: each owner's rows go to all, block by block."""
+        copies = self._copies()
         for owner, rows_of_owner in enumerate(self._rows):
             for rows in blocks_of(rows_of_owner, self.rows_of_a_block()):
                 block_BD = torch.empty(rows.size, self.row_length, device=cluster.device())
                 if owner == cluster.rank():
                     block_BD.copy_(rows_RD[rows.start - self.start : rows.stop - self.start])
                 self.traffic.broadcast(block_BD, owner)
-                self._store(block_BD.flatten(), self._elements(rows))
+                store(block_BD.flatten(), self._elements(rows), copies)
 
     def read_rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` (int64, the same on every rank) as float32 (K, D) in host memory, on every rank."""
         parts = self._parts()
         if parts is None:
-            return self._parameter.detach()[ids.to(self._parameter.device)].to("cpu", torch.float32, copy=True)
+            weight_VD = master_part(self._parameter)[0].view(self.num_rows, self.row_length)
+            return weight_VD[ids.to(weight_VD.device)].to("cpu", torch.float32, copy=True)
         flat, held = self._local(parts)
         rows_KD = torch.zeros(len(ids), self.row_length, device=cluster.device())
         for place, row in enumerate(map(self._row, ids.tolist())):
@@ -206,8 +215,9 @@ class RowShard:
 
     def write_rows(self, ids: Tensor, rows_KD: Tensor) -> None:
         """Puts rows `ids` in place, into the fp32 masters and the weights; every rank passes the same rows."""
+        copies = self._copies()
         for row, row_D in zip(map(self._row, ids.tolist()), rows_KD, strict=True):
-            self._store(row_D, row)
+            store(row_D, row, copies)
         self._release()
 
     def held(self) -> Span:
@@ -248,20 +258,16 @@ class RowShard:
         theirs = {holder: span for (holder, owner), span in moves.items() if owner == cluster.rank()}
         return mine, theirs
 
-    def _store(self, flat: Tensor, span: Span) -> None:
-        """Puts elements into every tensor of this rank that holds some of them."""
-        for copy, held in self._copies():
-            cut(copy, held, held & span).copy_(cut(flat, span, held & span))
-
     def _copies(self) -> list[tuple[Tensor, Span]]:
         """Every flat tensor on this rank that holds values of the parameter, and which."""
         flat, start = master_part(self._parameter)
         copies = [(flat, Span(start, start + flat.numel()))]
         if hasattr(self._parameter, "ds_tensor"):
             copies.append((self._parameter.ds_tensor.detach()[: flat.numel()], copies[0][1]))
-        elif getattr(self._parameter, "_hp_mapping", None) is not None:
+        else:
             weights = self._parameter.detach().view(-1)
-            copies.append((weights, Span(0, weights.numel())))
+            if weights.data_ptr() != flat.data_ptr():  # the optimizer has masters
+                copies.append((weights, Span(0, weights.numel())))
         return copies
 
     def _release(self) -> None:
@@ -278,6 +284,12 @@ class RowShard:
     def rows_of_a_block(self) -> int:
         """Rows that make about BLOCK_BYTES."""
         return max(1, BLOCK_BYTES // (4 * self.row_length))
+
+
+def store(flat: Tensor, span: Span, copies: list[tuple[Tensor, Span]]) -> None:
+    """Puts elements `span` into every flat tensor that holds some of them."""
+    for copy, held in copies:
+        cut(copy, held, held & span).copy_(cut(flat, span, held & span))
 
 
 def cut(flat: Tensor, held: Span, wanted: Span) -> Tensor:

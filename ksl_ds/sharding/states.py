@@ -2,7 +2,7 @@
 
 `EngineState` is DeepSpeed's own checkpoint without frozen weights, for every method; DeepSpeed loads it on as many ranks as
 wrote it. `MatrixState` is for one small matrix that trains alone, a ticket's rows: three (K, D) matrices as a whole, in
-kilobytes, which any number of ranks reads; stage 0 in 16 bits, where DeepSpeed hides its masters, cannot have it.
+kilobytes, which any number of ranks reads.
 DeepSpeed's files are pickled; here torch's restricted unpickler reads them, which knows tensors, plain values and the three
 classes below, and runs nothing.
 
@@ -133,10 +133,6 @@ class MatrixState:
         self._shard = RowShard(matrix)
         self._shape = (self._shard.num_rows, self._shard.row_length)
 
-    def check(self) -> None:
-        """Raises UserError, on every rank, where the masters cannot be had."""
-        self._stepped()
-
     def bytes_of_rank(self) -> int:
         return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if cluster.is_main() else 0
 
@@ -189,12 +185,9 @@ class MatrixState:
 
     def _stepped(self) -> nn.Parameter | Tensor:
         """The tensor that the optimizer steps on this rank: fp32, flat and perhaps padded under ZeRO."""
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3, stages 1 and 2
-            if hasattr(self._engine.optimizer, name):
-                return getattr(self._engine.optimizer, name)[0]
-        if not isinstance(self._engine.optimizer, torch.optim.Optimizer):
-            raise UserError("checkpoints of a ticket's rows need ZeRO stage 1, 2 or 3, or training.precision=fp32")
-        return self._matrix
+        if hasattr(self._engine.optimizer, "fp32_partitioned_groups_flat"):  # stage 3 lends it to the step only
+            return self._engine.optimizer.fp32_partitioned_groups_flat[0]
+        return _inner(self._engine).param_groups[0]["params"][0]
 
     def _whole(self, moment: Tensor) -> Tensor:
         """A moment as a whole on every rank, float32 (K, D) on the CPU."""

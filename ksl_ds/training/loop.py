@@ -110,8 +110,6 @@ def train(
         if ticket_rows is not None:
             state = MatrixState(engine, ticket_rows.delta_KD, ticket_rows.ids_K)
         saves = recipe.checkpoint.every is not None or recipe.resume == "auto"
-        if saves and isinstance(state, MatrixState):
-            state.check()
         if recipe.resume == "auto":
             _resume(run, stage, checkpoints, state, outcome, monitor)
         started -= outcome.seconds

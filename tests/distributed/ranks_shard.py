@@ -92,8 +92,9 @@ for number, (num_rows, width) in enumerate(SHAPES):
 # DeepSpeed wants a CPU that is fast in fp16; a slow one computes it too.
 deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 ENGINES = [
-    *itertools.product((0,), (None,), ("fp32",)),  # in 16 bits this stage hides its masters
-    *itertools.product((1, 2, 3), (None,), ("fp32", "bf16", "fp16")),
+    *itertools.product((0, 1, 2, 3), (None,), ("fp32", "bf16", "fp16")),
+    (0, "flat", "bf16"),  # as for DeepSpeed's FusedAdam
+    (1, "fp32 sums", "bf16"),
     *itertools.product((2, 3), ("offload_optimizer",), ("fp32", "bf16", "fp16")),
     (3, "offload_param", "bf16"),
 ]
@@ -103,15 +104,19 @@ for stage, offload, precision in ENGINES:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Embedding(31, WIDTH), nn.Linear(WIDTH, WIDTH))
     module[1].requires_grad_(False)
+    is_offload = offload in ("offload_optimizer", "offload_param")
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, **({offload: {"device": "cpu"}} if offload else {})},
+        "zero_optimization": {"stage": stage, **({offload: {"device": "cpu"}} if is_offload else {})},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if offload == "fp32 sums" else {}),
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16", "loss_scale": 128},
     }
     optimizer = torch.optim.AdamW([module[0].weight], lr=0.01)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    fused = torch.optim.AdamW if offload == "flat" else deepspeed.runtime.engine.FusedAdam
+    with unittest.mock.patch.object(deepspeed.runtime.engine, "FusedAdam", fused):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     weight, shard = module[0].weight, RowShard(module[0].weight)
     before_RD = shard.read()
     with torch.no_grad():
@@ -119,7 +124,11 @@ for stage, offload, precision in ENGINES:
     for _ in range(2):
         engine.backward(engine(torch.arange(31)).float().square().sum())
         engine.step()
-    master_VD = deepspeed.utils.safe_get_full_fp32_param(weight) if stage else weight.detach().float().clone()
+    if stage:
+        master_VD = deepspeed.utils.safe_get_full_fp32_param(weight)
+    else:
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        master_VD = inner.param_groups[0]["params"][0].detach().clone()
     master_VD = master_VD.view(31, WIDTH)
     start, stop = shard.start, shard.stop
     assert torch.equal(shard.read(), master_VD[start:stop]), case

@@ -1,0 +1,112 @@
+"""Which module and which weight `train_only_rows` restricts, and what it cannot restrict."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model within wrappers for parallel training, DeepSpeed's engine and torch.compile."""
+    while True:
+        if type(module).__name__ == "OptimizedModule":
+            module = module._orig_mod  # type: ignore[assignment]
+        elif is_trainer_of(module):
+            module = module.module  # type: ignore[assignment]
+        else:
+            return module
+
+
+def is_trainer_of(module: nn.Module) -> bool:
+    """Whether a module wraps a model whose parameters it has already prepared for training."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    deepspeed = sys.modules.get("deepspeed")
+    return isinstance(module, parallel) or (deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine))
+
+
+def embedding_of(model_or_embedding: nn.Module) -> nn.Module:
+    """The module whose rows are meant: a model's input embedding, or the module itself. Raises ValueError."""
+    module = unwrapped(model_or_embedding)
+    if type(module).__name__ == "FullyShardedDataParallel":
+        raise ValueError(
+            "train_only_rows does not support FSDP; use DeepSpeed's ZeRO, DistributedDataParallel or one process"
+        )
+    if hasattr(module, "get_input_embeddings"):
+        try:
+            embedding = module.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            embedding = None
+        if not isinstance(embedding, nn.Module):
+            raise ValueError(
+                f"{type(module).__name__} has no input embedding; give train_only_rows the module whose rows shall train"
+            )
+        module = embedding
+    return _below_adapters(module)
+
+
+def _below_adapters(embedding: nn.Module) -> nn.Module:
+    """The embedding that PEFT trains as a whole in place of the model's; ValueError for adapters that move every row."""
+    if "peft" not in sys.modules:
+        return embedding
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(embedding, ModulesToSaveWrapper):
+        return embedding.modules_to_save[embedding.active_adapters[0]]
+    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(
+            f"an adapter ({type(embedding).__module__}.{type(embedding).__name__}) lies over the embedding and moves rows "
+            "that train_only_rows would keep; take the embedding out of the adapter's target_modules or trainable tokens"
+        )
+    return embedding
+
+
+def is_in_adapter_model(model: nn.Module, embedding: nn.Module) -> bool:
+    """Whether PEFT, when it saves its adapter of this model, leaves out the embedding."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+
+    peft_model = unwrapped(model)
+    return isinstance(peft_model, PeftModel) and peft_model.get_input_embeddings() is embedding
+
+
+def weight_of(model_or_embedding: nn.Module, embedding: nn.Module) -> nn.Parameter:
+    """The (V, D) weight of an embedding; ValueError for one whose rows cannot be restricted."""
+    name = type(embedding).__name__
+    weight: Any = embedding._parameters.get("weight")
+    if weight is None:
+        reason = (
+            "is computed from other tensors (parametrized or wrapped)" if hasattr(embedding, "weight") else "is missing"
+        )
+        raise ValueError(f"train_only_rows needs a module with a (V, D) parameter `weight`; that of {name} {reason}")
+    if _is_dtensor(weight):
+        raise ValueError(
+            "train_only_rows does not support DTensor weights (FSDP2, tensor parallelism); use DeepSpeed's ZeRO, "
+            "DistributedDataParallel or one process"
+        )
+    shape = getattr(weight, "ds_shape", weight.shape)
+    if len(shape) != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"train_only_rows needs a floating weight of shape (V, D); {name} has {tuple(shape)} in {weight.dtype}"
+        )
+    if weight.is_meta or not weight.is_contiguous():
+        kind = "on the meta device" if weight.is_meta else "not contiguous"
+        raise ValueError(f"train_only_rows needs weights in memory, row after row; that of {name} is {kind}")
+    if is_trainer_of(model_or_embedding) and not weight.requires_grad:
+        raise ValueError(
+            f"the embedding was frozen when {type(model_or_embedding).__name__} was made, which does not train it; "
+            "call train_only_rows before"
+        )
+    return weight
+
+
+def _is_dtensor(weight: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)

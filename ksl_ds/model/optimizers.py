@@ -1,0 +1,128 @@
+"""What an optimizer does with a weight: which of its tensors holds it, what copies it keeps, how it decays.
+
+Legend: S sampled elements of a flattened weight; `flat` tensors are parts of a flattened weight.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
+
+from ksl_ds.sharding.masters import hidden_master
+from ksl_ds.sharding.rows import master_part
+
+# They add `weight_decay` times the weight to its gradient, unless a group's `decoupled_weight_decay` says otherwise.
+COUPLED = (SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop, torch.optim.ASGD)
+# They multiply weights by 1 - lr * weight_decay. What others do is measured.
+DECOUPLED = ("AdamW", "Lion", "FusedLion", "DeepSpeedCPULion", "Muon")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+@dataclass
+class Stepped:
+    """The part of a weight that an optimizer steps on this rank."""
+
+    group: dict[str, Any]
+    parameter: Tensor  # of the group; the part lies within it
+    flat: Tensor  # the part: a live view
+    start: int  # of the part in the flattened weight
+    offset: int  # of the part in the flattened parameter
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The same part of a tensor of the parameter's size: a view."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.flat.numel()]
+
+
+def stepped_part(optimizer: Optimizer, weight: nn.Parameter, *, search: bool = False) -> Stepped | None:
+    """Where an optimizer holds a weight, or its fp32 master; None where it holds neither.
+
+    With `search`, masters that only DeepSpeed's wrapper of the optimizer knows are looked for.
+    """
+    for group in optimizer.param_groups:
+        if any(parameter is weight for parameter in group["params"]):
+            return Stepped(group, weight, weight.detach().view(-1), 0, 0)
+    if search:
+        hidden_master(weight)
+    flat, start = master_part(weight, search=False)
+    wanted = _span(flat)
+    if wanted is None or flat.numel() == 0:
+        return None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            held = _span(parameter)
+            if held is not None and held[0] == wanted[0] and held[1] <= wanted[1] and wanted[2] <= held[2]:
+                return Stepped(group, parameter, flat, start, (wanted[1] - held[1]) // flat.element_size())
+    return None
+
+
+def held_by_any_optimizer(weight: nn.Parameter) -> bool:
+    """Whether some optimizer of this process steps the weight."""
+    # By type(): some objects lie about their __class__, or fail when asked for it.
+    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+    return any(stepped_part(each, weight) is not None for each in optimizers if hasattr(each, "param_groups"))
+
+
+def copies_of_weight(
+    optimizer: Optimizer, part: Stepped, sample_S: Tensor, before_S: Tensor, known: dict[str, bool]
+) -> dict[str, bool]:
+    """Whether each of the optimizer's states is a copy of the weight, such as schedule-free optimizers keep.
+
+    Told by the values at sampled elements, whose weights were `before_S`, when a state is seen for the first time: `known`
+    names those that were seen before.
+    """
+    found = {}
+    size = before_S.float().norm()
+    for name, state in optimizer.state.get(part.parameter, {}).items():
+        if name in known or not isinstance(state, Tensor) or state.shape != part.parameter.shape or not size:
+            continue
+        distance = (part.cut(state)[sample_S].float() - before_S.float()).norm()
+        found[name] = name not in MOMENTS and bool(distance <= 0.1 * size)
+    return found
+
+
+def adds_decay_to_gradient(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the optimizer adds weight_decay times the weight to the gradient."""
+    modes = [getattr(optimizer, name) for name in ("adam_w_mode", "adamw_mode") if hasattr(optimizer, name)]
+    if modes:  # DeepSpeed's Adam
+        return not modes[0]
+    return isinstance(optimizer, COUPLED) and not group.get("decoupled_weight_decay", False)
+
+
+def decay_of_step(
+    optimizer: Optimizer, group: dict[str, Any], before_S: Tensor, after_S: Tensor, *, is_copy: bool = False
+) -> float | None:
+    """The share of a weight that a step took away apart from its gradient; None where it cannot be told.
+
+    Told by an optimizer's name and flags, or else by elements without a gradient, which were `before_S`: all of them have
+    then shrunk by the same factor. Where they have not moved, nothing decayed, or the step was left out.
+    """
+    if len(before_S) and torch.equal(before_S, after_S):
+        return 0.0
+    weight_decay = float(group.get("weight_decay") or 0)
+    if not is_copy:
+        if not weight_decay or adds_decay_to_gradient(optimizer, group):
+            return 0.0
+        modes = [getattr(optimizer, name, False) for name in ("adam_w_mode", "adamw_mode")]
+        if any(modes) or group.get("decoupled_weight_decay") or type(optimizer).__name__ in DECOUPLED:
+            return float(group["lr"]) * weight_decay
+    before, after = before_S.double(), after_S.double()
+    if not before.any():
+        return None
+    kept = float(after @ before / (before @ before))
+    rounding = 4 * torch.finfo(after_S.dtype).eps * before.abs()
+    return 1 - kept if bool(((after - kept * before).abs() <= rounding).all()) else None
+
+
+def _span(tensor: Any) -> tuple[int, int, int] | None:
+    """A tensor's storage, and where in it the tensor's bytes begin and end; None for one that has none of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return None
+    if not tensor.is_contiguous():
+        return None
+    begin = tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), begin, begin + tensor.nbytes

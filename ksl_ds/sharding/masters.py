@@ -1,0 +1,83 @@
+"""The fp32 masters that DeepSpeed keeps for 16-bit weights in ZeRO stage 0.
+
+In the other stages a parameter knows its master. In stage 0 only the optimizer that DeepSpeed wraps around the user's knows
+it, and neither the parameter nor the user's optimizer leads there. So the wrapper is searched among all objects of the
+process, once for a parameter (about 0.1 s), and remembered.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_wrappers = WeakTensorKeyDictionary()  # parameter -> weak reference to the wrapper that holds its master
+
+
+def hidden_master(parameter: Any, *, search: bool = True) -> Tensor | None:
+    """The live fp32 master of a 16-bit parameter under ZeRO stage 0, in the parameter's shape; None where there is none.
+
+    Without `search`, only of a parameter whose master was found before.
+    """
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if hasattr(parameter, "ds_tensor") or getattr(parameter, "_hp_mapping", None) is not None:
+        return None
+    if parameter not in _wrappers or _wrappers[parameter]() is None:
+        if not search or not parameter.requires_grad:
+            return None
+        found = [weakref.ref(wrapper) for wrapper in live_wrappers() if _place(wrapper, parameter) is not None]
+        if len(found) > 1:  # a dead engine holds itself in a cycle
+            gc.collect()
+        alive = [reference for reference in found if reference() is not None]
+        if not alive:
+            return None
+        _wrappers[parameter] = alive[-1]
+    wrapper = _wrappers[parameter]()
+    place = _place(wrapper, parameter)
+    if place is None:
+        return None
+    group, index = place
+    if hasattr(wrapper, "fp32_groups"):
+        return wrapper.fp32_groups[group][index].detach()
+    start = sum(weight.numel() for weight in wrapper.fp16_groups[group][:index])
+    flat = wrapper.fp32_groups_flat[group].detach()
+    return flat[start : start + parameter.numel()].view_as(parameter)
+
+
+def refresh_hidden_master(parameter: Any) -> None:
+    """Gives a hidden master the parameter's values, but for what is merely rounded in the parameter.
+
+    DeepSpeed's wrapper makes an optimizer step with gradients of zero when it is made, and weight decay then moves masters
+    away from weights that have not changed.
+    """
+    master = hidden_master(parameter)
+    if master is not None:
+        with torch.no_grad():
+            master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter.float()))
+
+
+def live_wrappers() -> list[Any]:
+    """All optimizers with which DeepSpeed steps 16-bit weights in stage 0."""
+    if "deepspeed.runtime.engine" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    # By type(): some objects lie about their __class__, or fail when asked for it.
+    kinds = (FP16_Optimizer, FP16_UnfusedOptimizer)
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+
+
+def _place(wrapper: Any, parameter: Any) -> tuple[int, int] | None:
+    """The parameter's group in the wrapper, and its number there."""
+    for group, weights in enumerate(getattr(wrapper, "fp16_groups", [])):
+        for index, weight in enumerate(weights):
+            if weight is parameter:
+                return group, index
+    return None
