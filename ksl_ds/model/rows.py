@@ -237,8 +237,8 @@ def train_only_rows(
     """Restricts the training of an input embedding to some of its rows.
 
     All other rows, and their fp32 master copies, stay bit-identical under any optimizer, with weight decay, momentum,
-    clipping, loss scaling and gradient accumulation; a gradient norm counts the chosen rows only. Decoupled weight decay
-    (AdamW, Lion) pulls the chosen rows towards `base`, not towards 0. Nothing else about the
+    clipping, loss scaling and gradient accumulation; a gradient norm counts the chosen rows only. Weight decay pulls the
+    chosen rows towards `base`, not towards 0. Nothing else about the
     model changes: freeze the rest with `model.requires_grad_(False)` first if only these rows shall train.
 
     Parameters
@@ -261,7 +261,10 @@ def train_only_rows(
     Raises
     ------
     ValueError
-        Without ids, for an id outside the embedding, or a `base` of another shape.
+        Without ids, for an id outside the embedding, a `base` of another shape, or a weight that is not
+        supported (FSDP, tensor parallelism, adapters over the embedding).
+    RuntimeError
+        Later: at the first step if no optimizer holds the weight, and in a forward pass if the weight was replaced.
 
     Examples
     --------
