@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import os
@@ -10,13 +9,14 @@ import re
 import signal
 import sys
 import textwrap
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 from ksl_ds import __version__
-from ksl_ds.errors import Interrupted, LostRanks, UserError
+from ksl_ds.errors import Interrupted, LostRanks, MistakeOfThisRank, UserError
 
 # command: (what it does, how it is called)
 COMMANDS = {
@@ -59,9 +59,10 @@ SCHEMA = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
-    0 when it worked, 2 after a user's mistake, 143 when SIGTERM or SIGUSR1 ended it in order; a rank that has lost the
-    others leaves with 3.
+    0 when it worked, 2 after a user's mistake, 1 after an error that nobody foresaw, 130 after Ctrl-C, 143 when SIGTERM or
+    SIGUSR1 ended it in order; a rank that has lost the others leaves with 3.
     """
+    _protect_output()
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -75,8 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
     if command != "inspect" and any(word in ("-h", "--help") for word in rest):
         print(_command_help(command))
         return 0
+    recipe = None
     try:
-        _command(command, rest)()
+        run, recipe = _command(command, rest)
+        run()
+    except MistakeOfThisRank as error:
+        print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
+        return 2
     except UserError as error:
         return _fail(str(error))
     except Interrupted as error:
@@ -86,25 +92,47 @@ def main(arguments: list[str] | None = None) -> int:
         # Not by sys.exit: what is left of the collectives would keep the interpreter waiting for the lost ranks.
         print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
         os._exit(3)
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return _leave(128 + signal.SIGINT)
+    except Exception as error:
+        from ksl_ds import failure
+
+        run_dir = getattr(recipe, "run_dir", None)
+        verbose = recipe.verbose if recipe else "verbose=true" in rest
+        failure.report(error, command, Path(run_dir) if run_dir else None, _JOB.get("id"), verbose)
+        return _leave(1)
     return 0
 
 
-def _command(command: str, words: list[str]) -> Callable[[], None]:
+_JOB: dict[str, str] = {}  # the id that all ranks of this job share, once they have met
+
+
+def _leave(code: int) -> int:
+    """The exit code, by itself on one rank. Among several the interpreter's end could wait for the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _command(command: str, words: list[str]) -> tuple[Callable[[], None], Any]:
+    """What runs the command, and its recipe where it has one."""
     if command == "inspect":
-        return lambda: importlib.import_module("ksl_ds.commands.inspect").run(words)
+        return lambda: importlib.import_module("ksl_ds.commands.inspect").run(words), None
     if command == "compare" and words and re.match(r"(--)?from(=|$)", words[0]):
         name, _, file = words[0].partition("=")
         files = [file] if file else words[1:]
         if len(files) != 1:
             raise UserError(f"compare {name} takes the results.json of one comparison")
-        return lambda: importlib.import_module("ksl_ds.commands.comparison").show_file(Path(files[0]))
+        return lambda: importlib.import_module("ksl_ds.commands.comparison").show_file(Path(files[0])), None
     from ksl_ds import recipe as recipes
 
     if command == "estimate" and words and "=" not in words[0]:
         words = [f"model={words[0]}", *words[1:]]
     file = words[0] if words and "=" not in words[0] else None
     recipe = recipes.load_recipe(getattr(recipes, SCHEMA[command]), file, words[1:] if file else words)
-    return lambda: _on_ranks(command, recipe, file)
+    return lambda: _on_ranks(command, recipe, file), recipe
 
 
 def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
@@ -113,10 +141,10 @@ def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
     from ksl_ds.sharding import cluster
     from ksl_ds.sharding.engine import quiet_libraries
 
-    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     timeout = timedelta(minutes=getattr(recipe, "timeout_minutes", 30.0))
     with cluster.lost_ranks_named(timeout):
         cluster.start(timeout)
+        _JOB["id"] = cluster.from_main(uuid.uuid4().hex)
         quiet_libraries(recipe.verbose)
         _say_what_is_shipped(file or getattr(recipe, "model", None), "recipes")
         _say_what_is_shipped(getattr(recipe, "deepspeed", None), "ds_configs")
@@ -133,22 +161,33 @@ def _say_what_is_shipped(name: object, folder: str) -> None:
 
 
 class _Lasting(io.FileIO):
-    """A stream whose reader may leave: what is written after that goes nowhere, and nobody is told."""
+    """A stream whose reader may leave or whose disk may be full: what is written after that goes nowhere, unsaid."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or ssh connection, a terminal
-                raise
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             return len(data)
 
 
-def _lasting(stream: TextIO) -> TextIO:
+def _protect_output() -> None:
     """A training goes on without its terminal or its launcher's ssh connection; pdsh cuts that before the ranks have saved."""
+    # A standard stream that is closed would be the number of the next file opened, and what libraries print would go there.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = _lasting(sys.stdout)
+    sys.stderr = _lasting(sys.stderr)
+
+
+def _lasting(stream: TextIO | None) -> TextIO:
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
     try:
         raw = _Lasting(stream.fileno(), "w", closefd=False)
     except OSError:  # no file, as under a test

@@ -31,7 +31,21 @@ if [ ! -s "$hostfile" ]; then
     echo "multi_node.sh: no hostfile $hostfile" >&2
     exit 2
 fi
+# What deepspeed would answer with a traceback, or with ranks that wait for a host of another name.
+if [ "$(head -c 3 "$hostfile")" = $'\xef\xbb\xbf' ]; then
+    echo "multi_node.sh: hostfile $hostfile begins with a byte order mark; save it as UTF-8 without one" >&2
+    exit 2
+fi
+bad=$(awk '{ sub(/^[[:space:]]+/, "") } /^(#|$)/ { next } { hosts++ }
+    !/^[^[:space:]]+[[:space:]]+slots=[0-9]+/ { print "line " NR ": " $1 " has no slots=GPUS"; exit }
+    seen[$1]++ { print "line " NR ": " $1 " is there twice"; exit }
+    END { if (!hosts) print "names no machine" }' "$hostfile")
+if [ -n "$bad" ]; then
+    echo "multi_node.sh: hostfile $hostfile, $bad" >&2
+    exit 2
+fi
 first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
+first=${first#*@} # ssh logs in as USER@NAME; the ranks meet at NAME
 [ ! -d "$VENV" ] || export PATH="$VENV/bin:$PATH"
 options=(--hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT")
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ksl_ds.errors import LostRanks, UserError
+from ksl_ds.errors import LostRanks, MistakeOfThisRank, UserError
 
 Item = TypeVar("Item")
 
@@ -32,17 +32,54 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    _check_launch()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise MistakeOfThisRank(
+                f"LOCAL_RANK={local}, but {socket.gethostname()} shows {torch.cuda.device_count()} GPUs; start no more "
+                "ranks than that on it"
+            )
+        torch.cuda.set_device(local)
     # DeepSpeed would compile shared-memory collectives on CPU (a minute, a lock that a killed process leaves behind for all
     # later jobs, 69 MB of /dev/shm a rank). Only its tensor-parallel inference calls them: training and we use gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_ADVICE = (
+    "start the ranks by deepspeed or torchrun, which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or "
+    "unset them all for a single process"
+)
+
+
+def _check_launch() -> None:
+    """Raises MistakeOfThisRank unless the launcher's variables are all there and fit, or this is a job of one process."""
+    given = {name: os.environ[name].strip() for name in LAUNCH_VARIABLES if os.environ.get(name, "").strip()}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if name in given and not re.fullmatch(r"[0-9]{1,9}", given[name]):
+            raise MistakeOfThisRank(
+                f"the environment variable {name} is {given[name]!r}, not a number; {LAUNCH_ADVICE}"
+            )
+    world = int(given.get("WORLD_SIZE", "1" if "RANK" not in given else "0"))
+    if world == 1 and given.get("RANK", "0") == "0" and given.get("LOCAL_RANK", "0") == "0":
+        if len(given) < len(LAUNCH_VARIABLES):  # one process, whatever a job controller has set of the rest
+            for name in LAUNCH_VARIABLES:
+                os.environ.pop(name, None)
+        return
+    missing = [name for name in LAUNCH_VARIABLES if name not in given]
+    if missing:
+        there = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise MistakeOfThisRank(f"the environment has {there} but no {' and no '.join(missing)}; {LAUNCH_ADVICE}")
+    if not (int(given["RANK"]) < world and int(given["LOCAL_RANK"]) < world and 0 < int(given["MASTER_PORT"]) < 65536):
+        there = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise MistakeOfThisRank(f"the environment has {there}, which do not fit together; {LAUNCH_ADVICE}")
 
 
 # What gloo, NCCL and the rendezvous say when a rank, its host or the network is gone.

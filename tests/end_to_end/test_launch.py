@@ -106,6 +106,31 @@ def test_multi_node_refuses_what_would_go_wrong_later(tmp_path, cluster):
     assert calls(tmp_path, "deepspeed") == []
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("\ufeffalpha slots=2\n", "byte order mark"),
+        ("# only a comment\n\n", "names no machine"),
+        ("alpha slots=2\n  # beta\n\nbeta\n", "line 4: beta has no slots=GPUS"),
+        ("alpha slots=many\n", "line 1: alpha has no slots=GPUS"),
+        ("alpha slots=2\nalpha slots=2\n", "line 2: alpha is there twice"),
+    ],
+)
+def test_a_hostfile_that_deepspeed_cannot_use_is_one_sentence(content, sentence, tmp_path, cluster):
+    (tmp_path / "hosts").write_text(content, encoding="utf-8")
+    done = run("bash", LAUNCH / "multi_node.sh", "hosts", "check", "r.yaml", cwd=tmp_path, **cluster)
+    assert done.returncode == 2 and calls(tmp_path, "deepspeed") == []
+    assert done.stderr.count("\n") == 1 and sentence in done.stderr
+
+
+def test_the_ranks_meet_at_the_name_without_the_user_who_logs_in(tmp_path, cluster):
+    (tmp_path / "hosts").write_text("\n# two machines\n  me@alpha slots=2 # fast\r\nme@beta slots=2\n")
+    done = run("bash", LAUNCH / "multi_node.sh", "hosts", "check", "r.yaml", cwd=tmp_path, **cluster)
+    assert done.returncode == 0, done.stderr
+    (call,) = calls(tmp_path, "deepspeed")
+    assert call[call.index("--master_addr") + 1] == "alpha"
+
+
 # Told of its last minutes, cancelled, preempted: what SLURM 22.05 was seen to send and to say of the job.
 @pytest.mark.parametrize(
     ("number", "preempted", "queues"),

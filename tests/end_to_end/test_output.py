@@ -6,7 +6,8 @@ import json
 import subprocess
 import time
 
-from conftest import ENVIRONMENT, HANG_SECONDS
+import pytest
+from conftest import ENVIRONMENT, HANG_SECONDS, run
 from tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -45,3 +46,13 @@ def test_fault_nobody_reads_the_output_any_more(tmp_path):
     steps = [line for line in metrics.read_text().splitlines() if '"learning_rate"' in line]
     assert len(steps) == 30
     assert json.loads((tmp_path / "run/results.json").read_text())["stages"]["embed_tuning"]["steps"] == 30
+
+
+@pytest.mark.parametrize("output", ["> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2> /dev/full"])
+def test_fault_there_is_no_output(output, tmp_path):
+    make_model_folder(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    done = run("bash", "-c", f"ksl-ds tune recipe.yaml embed_tuning.max_steps=2 {output}", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout + done.stderr == ""
+    assert json.loads((tmp_path / "run/results.json").read_text())["stages"]["embed_tuning"]["steps"] == 2

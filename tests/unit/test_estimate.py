@@ -183,7 +183,9 @@ def test_a_recipe_says_what_the_command_line_does_not(tmp_path, capsys):
     assert f"{parameters:,} parameters" in shown  # with the head that embedding_scope=input gives it
 
 
-@pytest.mark.parametrize("word", ["gpus=0", "gpu_memory=-1", "length=0", "response_length=2000", "rows=0", "rows=1000000"])
+@pytest.mark.parametrize(
+    "word", ["gpus=0", "gpu_memory=-1", "length=0", "response_length=2000", "rows=0", "rows=1000000"]
+)
 def test_values_without_meaning_are_one_sentence(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
         estimate.run(load_recipe(EstimateCommand, None, ["model=smollm2-135m", word]))
