@@ -95,6 +95,7 @@ compare("llama", True, 3, tolerance=1e-6, steps=10, accumulation=2, offload_opti
 # In 16 bits a difference rounds otherwise than a row does.
 compare("llama", True, 3, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
 compare("gemma", False, 2, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
+compare("llama", True, 0, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
 # A ticket of all rows is embed tuning, to the bit; without decay, which goes elsewhere there.
 everything = torch.arange(VOCABULARY)
 for stage, dtype in ((3, torch.float32), (2, torch.bfloat16)):
