@@ -16,10 +16,12 @@ from ksl_ds.recipe import Model
 
 CODE = """
 import pathlib
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 pathlib.Path({marker!r}).touch()
 class MineConfig(LlamaConfig):
     model_type = "mine"
+class MineModel(LlamaForCausalLM):
+    config_class = MineConfig
 """
 
 
@@ -30,6 +32,7 @@ def test_code_of_a_model_runs_only_when_asked_for_and_that_is_said(tmp_path, mon
     folder, marker = make_model_folder(tmp_path / "model"), tmp_path / "it-ran"
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}
+    config["auto_map"]["AutoModelForCausalLM"] = "configuration_mine.MineModel"
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "configuration_mine.py").write_text(CODE.format(marker=str(marker)))
     with pytest.raises(UserError, match="trust_remote_code"):
