@@ -171,7 +171,7 @@ class UnavailableRow(UserError):
 
 def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) -> None:
     """One run with its own folder. Raises UserError."""
-    with open_run(wanted) as run:
+    with open_run(wanted, method=entry.method) as run:
         cluster.on_main(lambda: _check_same_model(comparison, run.dir))
         score_copying(run)
         shard = RowShard(run.model.get_input_embeddings().weight)

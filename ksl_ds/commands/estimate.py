@@ -7,6 +7,7 @@ that is timed, on this machine, is the KS test of a few hundred rows.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import measure_shift
-from ksl_ds.model.adapters import with_adapter
-from ksl_ds.model.dry_run import meta_model, model_config, step_bytes
+from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing, with_adapter
+from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, model_config, step_bytes
 from ksl_ds.model.ticket_rows import TicketRows
 from ksl_ds.recipe import EstimateCommand, Recipe, load_recipe
 from ksl_ds.report.tables import Column, Table, count, duration, print_table, size
@@ -26,7 +27,7 @@ from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import TORCH_DTYPE, read_config
 from ksl_ds.sharding.estimate import Method, Needs, Training, Zero, fewest_ranks, fits, rank_needs
 
-METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora")
+METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora", "prefix")
 RESERVED = 3 << 29  # 1.5 GiB of a GPU: CUDA's context, NCCL's buffers
 TIMED_ROWS = 256
 
@@ -41,6 +42,7 @@ class Plan:
     zero: Zero
     response_length: int
     ticket_rows: int
+    too_slow: str = ""  # why no further dry run is tried
 
     def meta_model(self) -> Any:
         """A fresh model on the meta device, untied as `embedding_scope: input` has it."""
@@ -59,21 +61,38 @@ class Plan:
             )
         return Training(TORCH_DTYPE[self.recipe.training.precision].itemsize, vocab_size, width, reserved=RESERVED)
 
+    def embedding(self) -> Method:
+        """Embed tuning without a dry run: what a draw costs follows from the embedding alone."""
+        weight = self.meta_model().get_input_embeddings().weight
+        return Method("embed", [weight.numel()], [], 0, snapshots=True)
+
     def method(self, name: str, *, checkpointing: bool) -> Method:
-        """What method `name` trains, and the peak of its dry run."""
+        """What method `name` trains, and the peak of its dry run. Raises UserError where the architecture has no such."""
         model = self.meta_model()
+        if checkpointing:
+            enable_checkpointing(self.meta_model())  # a model of its own: the dry run switches without random states
         training, linear = self.recipe.training, F.linear
         if self.zero.stage == 3:
             from deepspeed.runtime.zero.linear import zero3_linear_wrap as linear
 
-        def passes() -> int:
-            return step_bytes(
-                model, training.micro_batch_size, self.recipe.text.max_length, self.response_length,
-                checkpointing=checkpointing, linear=linear,
-            )  # fmt: skip
+        def passes() -> dict[str, Any]:
+            if self.too_slow:
+                return {"working": None, "unknown": self.too_slow}
+            try:
+                working = step_bytes(
+                    model, training.micro_batch_size, self.recipe.text.max_length, self.response_length,
+                    checkpointing=checkpointing, linear=linear,
+                )  # fmt: skip
+            except Unmeasured as error:
+                if isinstance(error, TooSlow):
+                    self.too_slow = str(error)
+                return {"working": None, "unknown": str(error)}
+            return {"working": working}
 
-        if name == "lora":
-            model = with_adapter(model, self.recipe)
+        if name in ADAPTERS:
+            recipe = copy.deepcopy(self.recipe)
+            recipe.training.gradient_checkpointing = checkpointing
+            model = with_adapter(model, adapter_config(self.config, recipe, name))
         elif name != "full":
             model.requires_grad_(False)
         if name in ("embed", "ticket, hooks"):
@@ -86,10 +105,10 @@ class Plan:
         if name == "ticket, rows":
             width = model.get_input_embeddings().weight.shape[1]
             rows = TicketRows(model, torch.arange(self.ticket_rows), torch.empty(self.ticket_rows, width))
-            method = Method(name, [rows.delta_KD.numel()], frozen, passes(), gathered_again=again)
+            method = Method(name, [rows.delta_KD.numel()], frozen, **passes(), gathered_again=again)
             rows.remove()
             return method
-        return Method(name, trained, frozen, passes(), snapshots=name == "embed", gathered_again=again)
+        return Method(name, trained, frozen, **passes(), snapshots=name == "embed", gathered_again=again)
 
 
 def frozen_in_layers(model: Any) -> int:
@@ -144,30 +163,39 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
     memory_rows, traffic_rows = [], []
     with cluster.progress([(name, at) for name in METHODS for at in (False, True)], "dry runs") as cases:
-        found = {case: plan.method(case[0], checkpointing=case[1]) for case in cases}
-    total = sum(found["full", False].trained)
+        found = {case: _method_or_problem(plan, *case) for case in cases}
+    total = sum(parameter.numel() for parameter in plan.meta_model().parameters())
     for name in METHODS:
-        plain, checkpointed = (found[name, checkpointing] for checkpointing in (False, True))
-        needs = rank_needs(plain, training, zero, command.gpus)
-        saving = rank_needs(checkpointed, training, zero, command.gpus)
+        cases_of_name = [found[name, checkpointing] for checkpointing in (False, True)]
+        possible = [method for method in cases_of_name if isinstance(method, Method)]
+        if not possible:
+            memory_rows.append([name, *["–"] * (len(KINDS) + 8)])
+            traffic_rows.append([name, *["–"] * (2 if command.network is None else 4)])
+            continue
+        needs = [
+            rank_needs(method, training, zero, command.gpus) if isinstance(method, Method) else None
+            for method in cases_of_name
+        ]
+        states = next(each for each in needs if each is not None)  # the same with and without checkpointing
         memory_rows.append(
             [
                 name,
-                count(sum(plain.trained)),
-                *(size(getattr(needs, kind)) + ("*" if kind in needs.on_host else "") for kind in KINDS),
-                size(needs.working),
-                size(saving.working),
-                size(needs.device),
-                size(saving.device),
-                *(_verdict(each, method, training, zero, memory) for each, method in
-                  ((needs, plain), (saving, checkpointed))),
-                size(needs.host),
+                count(sum(possible[0].trained)),
+                *(size(getattr(states, kind)) + ("*" if kind in states.on_host else "") for kind in KINDS),
+                *(_activations(each) for each in needs),
+                *(_peak(each) for each in needs),
+                *(_verdict(each, method, training, zero, memory)
+                  for each, method in zip(needs, cases_of_name, strict=True)),
+                size(states.host),
             ]
         )  # fmt: skip
-        steps = (needs.wire_step, saving.wire_step)
-        seconds = [] if command.network is None else [duration(step * 8 / (command.network * 1e9)) for step in steps]
-        traffic_rows.append([name, *map(size, steps), *seconds])
-    draw = rank_needs(found["embed", True], training, zero, command.gpus)
+        steps = ["–" if each is None else size(each.wire_step) for each in needs]
+        seconds = []
+        if command.network is not None:
+            bits_per_second = command.network * 1e9
+            seconds = ["–" if each is None else duration(each.wire_step * 8 / bits_per_second) for each in needs]
+        traffic_rows.append([name, *steps, *seconds])
+    draw = rank_needs(plan.embedding(), training, zero, command.gpus)
     rows = -(-training.vocab_size // command.gpus)
     draw_seconds = rows * seconds_of_a_row(training.width)
     of = f"{command.gpus} GPU{'s' if command.gpus > 1 else ''}"
@@ -197,6 +225,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
             "rank, in embed tuning for the snapshot.",
             *(["* in host memory: offloaded."] if draw.on_host else []),
             *_evaluation_note(plan, total, training),
+            *_left_open(found),
         ],
     )  # fmt: skip
     traffic_table = Table(
@@ -221,11 +250,50 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
 KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
 
 
-def _verdict(needs: Needs, method: Method, training: Training, zero: Zero, memory: int | None) -> str:
-    if memory is None:
+def _method_or_problem(plan: Plan, name: str, checkpointing: bool) -> Method | str:
+    try:
+        return plan.method(name, checkpointing=checkpointing)
+    except UserError as error:
+        return str(error)
+
+
+def _activations(needs: Needs | None) -> str:
+    if needs is None:
         return "–"
+    return "unknown" if needs.working is None else size(needs.working)
+
+
+def _peak(needs: Needs | None) -> str:
+    if needs is None:
+        return "–"
+    return ("> " if needs.working is None else "") + size(needs.device)
+
+
+def _verdict(needs: Needs | None, method: Method | str, training: Training, zero: Zero, memory: int | None) -> str:
+    if memory is None or needs is None or isinstance(method, str):
+        return "–"
+    if method.working is None:
+        return "unknown"
     fewest = fewest_ranks(method, training, zero, memory)
     return "none" if fewest is None else f"{fewest:,}{'' if fits(needs, training, memory) else ' (not here)'}"
+
+
+def _left_open(found: dict[tuple[str, bool], Method | str]) -> list[str]:
+    """A line for every reason why a number is missing, with the cases it concerns."""
+    cases: dict[str, list[str]] = {}
+    for (name, checkpointing), method in found.items():
+        if isinstance(method, str):
+            reason = method
+        elif method.working is None:
+            reason = f"activations: unknown for this architecture: {method.unknown}; peak is without them"
+        else:
+            continue
+        cases.setdefault(reason, []).append(f"{name} ({'checkpointed' if checkpointing else 'plain'})")
+    everything = len(found)
+    return [
+        reason + ("." if len(names) == everything else f". Concerns {', '.join(names)}.")
+        for reason, names in cases.items()
+    ]
 
 
 def _evaluation_note(plan: Plan, total: int, training: Training) -> list[str]:

@@ -19,7 +19,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.files import reason
 from ksl_ds.lottery.shift import load_shift, save_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
-from ksl_ds.model.adapters import save_adapter, with_adapter
+from ksl_ds.model.adapters import ALL_LINEAR, save_adapter, target_modules, with_adapter
 from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
 from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.rows import TrainedRows, train_only_rows
@@ -157,9 +157,15 @@ def tune_adapter(run: Run) -> None:
         return
     torch.manual_seed(recipe.seed)  # of the adapter's first values, the same on every rank
     with cluster.together():
-        run.model = with_adapter(run.model, recipe)
+        run.model = with_adapter(run.model, run.adapter)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     trained_parameters, out = sum(map(numel, parameters)), run.dir / "checkpoints" / stage
+    if recipe.method == "lora":
+        adapted = run.results["target_modules"] = target_modules(run.model)
+        if run.adapter.target_modules == ALL_LINEAR:
+            cluster.say(
+                f"lora: PEFT has no default modules for this architecture; all linear layers: {', '.join(adapted)}"
+            )
     cluster.reset_peak_memory()
     outcome, _ = train(
         run,

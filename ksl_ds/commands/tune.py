@@ -15,7 +15,7 @@ def run(recipe: Recipe) -> None:
     """Trains `method` from the base weights. Raises UserError for a mistake in the recipe."""
     if recipe.method == "ticket" and recipe.ticket is None:
         raise UserError("method=ticket trains the rows of a ticket: give ticket=DIR")
-    with open_run(recipe) as run:
+    with open_run(recipe, method=recipe.method) as run:
         score_copying(run)
         shard = RowShard(run.model.get_input_embeddings().weight)
         if recipe.method == "embed":

@@ -1,39 +1,121 @@
-"""LoRA and prefix tuning, by PEFT, on a model that may be partitioned."""
+"""LoRA and prefix tuning, by PEFT, on a model that may be partitioned.
+
+What PEFT makes of an architecture is found out on the meta device, before any weight is loaded: which modules LoRA adapts
+where the recipe names none, and which shape a prefix has. PEFT derives that shape from names in the config; where this
+does not fit the architecture's code, it is read off the keys that the code itself caches.
+
+Legend: B pairs, L positions, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ksl_ds.errors import UserError
 from ksl_ds.files import reason
 from ksl_ds.lottery.ticket_files import whole_folder
+from ksl_ds.model.dry_run import first_line, meta_model
 from ksl_ds.recipe import Recipe
 from ksl_ds.sharding import cluster
+from ksl_ds.sharding.engine import TORCH_DTYPE
+
+ADAPTERS = ("lora", "prefix")  # of the recipe's `method`
+ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the output head
 
 
-def with_adapter(model: nn.Module, recipe: Recipe) -> Any:
-    """The model with PEFT's adapter for `recipe.method`, lora or prefix. Raises UserError where PEFT cannot place one."""
-    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
+    """PEFT's config of `method`, lora or prefix, for an architecture. Its placeholders are PEFT's to fill in.
 
-    if recipe.method == "lora":
-        config: Any = LoraConfig(
+    Parameters
+    ----------
+    model_config : transformers' config of the model
+
+    Raises
+    ------
+    UserError
+        Where PEFT cannot place the adapter in this architecture.
+    """
+    from peft import LoraConfig, PrefixTuningConfig
+
+    def empty_model() -> Any:
+        dtype, trust = TORCH_DTYPE[recipe.training.precision], recipe.model.trust_remote_code
+        model = meta_model(copy.deepcopy(model_config), dtype, untied=False, trust_remote_code=trust)
+        if recipe.training.gradient_checkpointing:
+            enable_checkpointing(model)
+        return model
+
+    if method == "lora":
+        lora = recipe.lora
+        for targets in [lora.target_modules] if lora.target_modules else [None, ALL_LINEAR]:
+            config = LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules=targets,
+            )
+            try:
+                _placed(empty_model(), config)
+                return config
+            except ValueError as error:
+                problem = first_line(error)
+        raise UserError(f"method=lora: PEFT cannot adapt the architecture {model_config.model_type}: {problem}")
+
+    size = recipe.prefix.num_virtual_tokens
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=size)
+    problem = _prefix_problem(empty_model(), config)
+    if problem is None:
+        return config
+    shape = _cached_shape(empty_model())
+    if shape is not None:
+        layers, heads, channels = shape
+        config = PrefixTuningConfig(
             task_type="CAUSAL_LM",
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.lora_alpha,
-            lora_dropout=recipe.lora.lora_dropout,
-            target_modules=recipe.lora.target_modules or None,
+            num_virtual_tokens=size,
+            num_layers=layers,
+            num_attention_heads=heads,
+            token_dim=heads * channels,
         )
-    else:
-        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=recipe.prefix.num_virtual_tokens)
+        problem = _prefix_problem(empty_model(), config)
+        if problem is None:
+            return config
+    raise UserError(
+        f"method=prefix: prefix tuning by PEFT does not exist for the architecture {model_config.model_type} "
+        f"as it is trained here: {problem}"
+    )
+
+
+def with_adapter(model: nn.Module, config: Any) -> Any:
+    """The model with PEFT's adapter of a config that `adapter_config` made. The config may be used again."""
+    return _placed(model, config)
+
+
+def _placed(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    # In the model's own dtype, as ZeRO-3 wants all parameters of a run; the optimizer keeps fp32 masters anyway.
+    return get_peft_model(model, copy.deepcopy(config), autocast_adapter_dtype=False)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recomputes the layers' activations in the backward pass. Raises UserError where the architecture has no such way."""
     try:
-        # In the model's own dtype, as ZeRO-3 wants all parameters of a run; the optimizer keeps fp32 masters anyway.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"method={recipe.method}: {' '.join(str(error).split())}") from None
+        raise UserError(f"training.gradient_checkpointing=true: {first_line(error)}; leave it out") from None
+
+
+def target_modules(model: Any) -> list[str]:
+    """The names of the modules that a model's LoRA adapts, as PEFT has settled them."""
+    found = model.peft_config["default"].target_modules
+    return [found] if isinstance(found, str) else sorted(found)
 
 
 def save_adapter(model: Any, out: Path) -> None:
@@ -57,3 +139,41 @@ def save_adapter(model: Any, out: Path) -> None:
             except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
                 message = f"{out} could not be written: {reason(error)}"
     cluster.raise_together(message)
+
+
+class _AnyScalar(TorchDispatchMode):
+    """Lets code on the meta device read a value of a tensor: it is 1, or true. Shapes do not depend on it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+def _tokens() -> dict[str, torch.Tensor]:
+    ids_BL = torch.ones(2, 4, dtype=torch.int64, device="meta")
+    return {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
+
+
+def _prefix_problem(model: Any, config: Any) -> str | None:
+    """Why the architecture does not take a prefix of this shape; None where it does."""
+    try:
+        peft_model = _placed(model, config).train()
+        trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+        with torch.device("meta"), _AnyScalar():
+            logits_BLV = peft_model(**_tokens(), use_cache=False).logits
+            logits_BLV.float().sum().backward()
+    except Exception as error:  # PEFT and the architecture's code raise whatever they like
+        return first_line(error)
+    return None if all(parameter.grad is not None for parameter in trained) else "its code does not read the prefix"
+
+
+def _cached_shape(model: Any) -> tuple[int, int, int] | None:
+    """Layers, heads and channels of a head of the keys that a model caches; None where layers differ or cache no keys."""
+    try:
+        with torch.device("meta"), _AnyScalar(), torch.no_grad():
+            cached = model(**_tokens(), use_cache=True).past_key_values
+        shapes = [layer.keys.shape for layer in cached.layers]
+    except Exception:  # as above
+        return None
+    return (len(shapes), shapes[0][1], shapes[0][3]) if len(set(shapes)) == 1 else None

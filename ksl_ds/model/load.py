@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ksl_ds.errors import UserError
+from ksl_ds.model.adapters import enable_checkpointing
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.recipe import Model, Recipe
 from ksl_ds.sharding import cluster
@@ -81,7 +82,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         )
     verify_weights(model, folder)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

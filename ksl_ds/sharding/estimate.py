@@ -15,7 +15,8 @@ cut into N parts that are rounded up:
                  backward pass (half of stage3_max_reuse_distance: the way there and back) and, as every module asks for
                  another prefetch bucket, stage3_max_live_parameters; and a bucket more, b P at most; and the bucket once
                  more, since weights are copied out of the buffer that they arrive in
-    working      activations, logits and passing gradients, measured by a dry run (ksl_ds/model/dry_run.py)
+    working      activations, logits and passing gradients, measured by a dry run (ksl_ds/model/dry_run.py); unknown where
+                 an architecture does not run there
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
     wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,
                  less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small parameters that are
@@ -84,9 +85,10 @@ class Method:
     name: str
     trained: Sequence[int]
     frozen: Sequence[int]
-    working: int  # bytes of one micro-batch
+    working: int | None  # bytes of one micro-batch; None where no dry run tells
     snapshots: bool = False  # whether the embedding before tuning is kept
     gathered_again: int = 0  # elements of frozen weights that checkpointing gathers a third time, see `wire, step`
+    unknown: str = ""  # why `working` is None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of one rank. `device` is the peak on its GPU."""
+    """Bytes of one rank. `device` is the peak on its GPU, without `working` where that is unknown."""
 
     weights: int
     gradients: int
@@ -110,7 +112,7 @@ class Needs:
     step: int
     buffers: int
     gathered: int
-    working: int
+    working: int | None
     snapshot: int
     wire_step: int
     wire_draw: int
@@ -159,7 +161,7 @@ def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Ne
     sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step}
     here = {name: 0 if name in on_host else size for name, size in sizes.items()}
     device = here["weights"] + here["gradients"] + here["optimizer"] + buffers
-    device += max(here["step"], gathered + method.working)
+    device += max(here["step"], gathered + (method.working or 0))
     return Needs(
         **sizes,
         buffers=buffers,

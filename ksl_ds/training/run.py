@@ -23,6 +23,7 @@ from torch import nn
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
+from ksl_ds.model.methods import prepare_method
 from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from ksl_ds.report.records import read_metrics, read_results
 from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
@@ -52,6 +53,7 @@ class Run:
     examples: dict[str, list[Example]]
     prompts: list[list[int]]  # of the test text
     results: dict[str, Any] = field(default_factory=dict)
+    adapter: Any = None  # PEFT's config, for the methods lora and prefix
 
     @property
     def dir(self) -> Path:
@@ -75,8 +77,13 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
+def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) -> Iterator[Run]:
     """Checks the recipe against the world, loads text and model, and creates the run folder.
+
+    Parameters
+    ----------
+    trains : whether training text is needed
+    method : of `recipe.method`, the one that will train, where that is known; checked against the architecture
 
     Raises
     ------
@@ -95,6 +102,7 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
     before = cluster.on_main(lambda: results_before(run_dir, recipe))
     cluster.on_main(lambda: check_tokenizer(recipe.evaluation.tokenize))
     folder = open_folder(recipe.model)
+    adapter = cluster.on_main(lambda: prepare_method(recipe, folder.config, config, method)) if trains else None
     inputs = cluster.on_main(lambda: inputs_of(recipe, folder, config))
     cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
     with cluster.together():
@@ -126,7 +134,7 @@ def open_run(recipe: Recipe, *, trains: bool = True) -> Iterator[Run]:
         cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
         cluster.on_main(lambda: _begin(run_dir, recipe, inputs, results["stages"]))
         with Tracker(run_dir, recipe) as tracker:
-            run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results)
+            run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results, adapter)
             run.save_results()
             try:
                 yield run

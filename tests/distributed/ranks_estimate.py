@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from ksl_ds.commands.estimate import plan_of
-from ksl_ds.model.adapters import with_adapter
+from ksl_ds.model.adapters import adapter_config, with_adapter
 from ksl_ds.model.dry_run import LiveBytes
 from ksl_ds.model.rows import TrainedRows, train_only_rows
 from ksl_ds.model.ticket_rows import TicketRows
@@ -76,7 +76,7 @@ def measure(run, method: str) -> dict[str, float]:
     embedding = model.get_input_embeddings().weight
     rows: TicketRows | TrainedRows | None = None
     if method == "lora":
-        model = with_adapter(model, recipe)
+        model = with_adapter(model, adapter_config(model.config, recipe, "lora"))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     else:
         model.requires_grad_(False)

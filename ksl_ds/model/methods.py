@@ -1,0 +1,57 @@
+"""Whether an architecture can be trained as a recipe says, found out on the meta device before weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ksl_ds.errors import UserError
+from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing
+from ksl_ds.model.dry_run import first_line, meta_model
+from ksl_ds.recipe import Recipe
+from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
+
+
+def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any], method: str | None) -> Any:
+    """What training by `method` needs beside the model: PEFT's config for lora and prefix, else None.
+
+    Parameters
+    ----------
+    model_config : transformers' config
+    zero_config : DeepSpeed's configuration
+    method : as `recipe.method`; None where no adapter is asked for
+
+    Raises
+    ------
+    UserError
+        Where the architecture cannot be trained so.
+    """
+    dtype, trust = TORCH_DTYPE[recipe.training.precision], recipe.model.trust_remote_code
+    model = meta_model(copy.deepcopy(model_config), dtype, untied=False, trust_remote_code=trust)
+    if recipe.training.gradient_checkpointing:
+        enable_checkpointing(model)
+    if stage_of(zero_config) == 3:
+        check_initialization(model)
+    return adapter_config(model_config, recipe, method) if method in ADAPTERS else None
+
+
+def check_initialization(model: Any) -> None:
+    """Raises UserError where an architecture cannot be loaded under ZeRO-3.
+
+    transformers initializes every weight, also those that a checkpoint then fills, and ZeRO-3 has left them with shape
+    (0,) by then. Code that computes with a weight's shape fails there. Empties the model.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
+    try:
+        with torch.device("meta"):
+            model.initialize_weights()
+    except Exception as error:  # the architecture's code raises whatever it likes
+        raise UserError(
+            f"models of type {model.config.model_type} cannot be loaded under ZeRO stage 3, which cuts weights up before "
+            f"the architecture's own code initializes them ({first_line(error)}); use deepspeed=zero2.json"
+        ) from None
