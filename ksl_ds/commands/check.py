@@ -22,7 +22,9 @@ import torch
 
 from ksl_ds.commands.estimate import Plan, plan_of
 from ksl_ds.errors import UserError
+from ksl_ds.model.adapters import ALL_LINEAR
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
+from ksl_ds.model.methods import prepare_method
 from ksl_ds.recipe import Recipe
 from ksl_ds.report.tables import size
 from ksl_ds.report.tracking import hardware_and_versions, tracking_mode, why_offline
@@ -37,8 +39,6 @@ from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of
 from ksl_ds.training.run import corpus_sha256, results_before
 
-# By the recipe's `method`; a lottery needs most in embed tuning, prefix tuning less than LoRA.
-ESTIMATED = {"embed": "embed", "full": "full", "lora": "lora", "prefix": "lora"}
 COMPARED = (".safetensors", ".json", ".model")  # files of a model folder, by their sizes
 SECONDS_TO_SEE = 10  # for a new file to come through a network's file system
 SPARE = 0.9  # of a device's memory; beyond it the allocator's fragments may decide
@@ -100,7 +100,10 @@ def run(recipe: Recipe) -> None:
     configs = checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", config_of_rank_0(recipe)))
     device_check(checks, recipe)
     folder = model_check(checks, recipe)
-    longest = text_check(checks, recipe, folder) if folder is not None else None
+    longest = None
+    if folder is not None:
+        method_check(checks, recipe, folder, configs[0] or {} if configs else {})
+        longest = text_check(checks, recipe, folder)
     memory = smallest_device(checks)
     shared_check(checks, recipe)
     if cluster.is_main():
@@ -189,6 +192,21 @@ def model_check(checks: Checklist, recipe: Recipe) -> ModelFolder | None:
     return ModelFolder(local_folder(model.path, model.revision), trust_remote_code=model.trust_remote_code)
 
 
+def method_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> None:
+    """The architecture can be trained by the recipe's method, as the run itself finds out before it loads weights."""
+
+    def check() -> tuple[str, Any]:
+        if not cluster.is_main():
+            return "", None
+        adapter = prepare_method(recipe, folder.config, config, recipe.method)
+        detail = f"{recipe.method} is possible for the architecture {folder.config.model_type}"
+        if getattr(adapter, "target_modules", None) == ALL_LINEAR:
+            detail += f"; PEFT has no default modules for it: lora.target_modules is {ALL_LINEAR}"
+        return detail, None
+
+    checks.on_all("method", check)
+
+
 def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[int, int] | None:
     """The text is readable, and the same, on every host. Tokens of the longest pair and response; None when it is not."""
     text = recipe.text
@@ -245,7 +263,7 @@ def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | N
         if longest is not None:
             recipe.text.max_length, plan.response_length = longest
         training = plan.training()
-        name = ESTIMATED.get(recipe.method, f"ticket, {recipe.partial_tuning.mode}")
+        name = f"ticket, {recipe.partial_tuning.mode}" if recipe.method == "ticket" else recipe.method
         method = plan.method(name, checkpointing=recipe.training.gradient_checkpointing)
     except UserError as error:
         checks.add("failed", "memory", str(error))
@@ -253,9 +271,14 @@ def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | N
     needs = rank_needs(method, training, plan.zero, cluster.world_size())
     taken = needs.device + (training.reserved if cluster.device().type == "cuda" else needs.host)
     status = "ok" if taken <= SPARE * memory else "warning" if taken <= memory else "failed"
+    at_least = "" if method.working is not None else "more than "
     line = (
-        f"{recipe.method} needs {size(taken)} of {size(memory)} a rank, as estimated (ksl-ds estimate shows the parts)"
+        f"{recipe.method} needs {at_least}{size(taken)} of {size(memory)} a rank, as estimated (ksl-ds estimate shows the "
+        "parts)"
     )
+    if method.working is None:
+        status = "failed" if status == "failed" else "warning"
+        line += f"; activations: unknown for this architecture: {method.unknown}"
     if status != "ok":
         fewest = fewest_ranks(method, training, plan.zero, round(SPARE * memory))
         line += "; lower training.micro_batch_size, or training.gradient_checkpointing=true"

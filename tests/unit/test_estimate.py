@@ -85,6 +85,8 @@ def test_live_bytes_counts_storages_while_they_live():
 @pytest.mark.parametrize("length", [8, 96])
 def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, method, checkpointing, length):
     """At both ends: with short text the embedding's gradient is the peak, with long text the layers are."""
+    if method == "prefix" and checkpointing:
+        pytest.skip("PEFT has no prefix tuning under gradient checkpointing")
     folder = make_model_folder(tmp_path / "model", vocab_size=2000, num_hidden_layers=11)
     seen = plan(str(folder), f"text.max_length={length}", response_length=length // 2, ticket_rows=5)
     quick = seen.method(method, checkpointing=checkpointing)
