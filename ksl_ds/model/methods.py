@@ -41,12 +41,14 @@ def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any
 def check_initialization(model: Any) -> None:
     """Raises UserError where an architecture cannot be loaded under ZeRO-3.
 
-    transformers initializes every weight, also those that a checkpoint then fills, and ZeRO-3 has left them with shape
-    (0,) by then. Code that computes with a weight's shape fails there. Empties the model.
+    Most architectures leave out the initialization of weights that a checkpoint fills. Code that computes with the shape
+    of such a weight all the same fails, since ZeRO-3 has left (0,) of it. Empties the model.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
+            empty = nn.Parameter(parameter.new_empty(0), requires_grad=False)
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]  # as transformers marks what a checkpoint fills
+            setattr(module, name, empty)
     try:
         with torch.device("meta"):
             model.initialize_weights()

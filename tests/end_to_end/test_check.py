@@ -61,6 +61,7 @@ def test_all_is_well(job, capsys):
         "deepspeed",
         "device",
         "model",
+        "method",
         "text",
         "scores",
         "wandb",
