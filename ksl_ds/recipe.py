@@ -150,7 +150,7 @@ class Lora(Tuning):
     r: Rank = key(8, "rank of the update")
     lora_alpha: Count = key(16, "the update is scaled by lora_alpha / r")
     lora_dropout: Share = key(0.0, "dropout on the adapter's input")
-    target_modules: list[Line] = key([], "modules to adapt; empty: PEFT's own choice for the architecture")
+    target_modules: list[Line] = key([], "modules to adapt; empty: PEFT's choice for the architecture, or all-linear")
 
 
 @dataclass(config=STRICT)
