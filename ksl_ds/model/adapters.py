@@ -115,7 +115,7 @@ def enable_checkpointing(model: Any) -> None:
 def target_modules(model: Any) -> list[str]:
     """The names of the modules that a model's LoRA adapts, as PEFT has settled them."""
     found = model.peft_config["default"].target_modules
-    return [found] if isinstance(found, str) else sorted(found)
+    return [found] if isinstance(found, str) else sorted({name.rpartition(".")[2] for name in found})
 
 
 def save_adapter(model: Any, out: Path) -> None:
