@@ -32,12 +32,12 @@ from ksl_ds.sharding import cluster
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.sharding.estimate import fewest_ranks, rank_needs
-from ksl_ds.text.batches import encode_corpus
+from ksl_ds.text.batches import check_positions, encode_corpus
 from ksl_ds.text.corpus import load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of
-from ksl_ds.training.run import corpus_sha256, results_before
+from ksl_ds.training.run import corpus_sha256, results_before, virtual_tokens
 
 COMPARED = (".safetensors", ".json", ".model")  # files of a model folder, by their sizes
 SECONDS_TO_SEE = 10  # for a new file to come through a network's file system
@@ -214,16 +214,19 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
     def check() -> tuple[str, Any]:
         tokenizer = folder.tokenizer()
         prompt = Prompt(text.prompt, text.source_language, text.target_language, tokenizer)
-        digests, counts, longest, response = [], [], 0, 0
+        _ = folder.end_ids
+        every, digests, counts, longest, response = {}, [], [], 0, 0
         for name in ("train", "valid", "test"):
             if name == "valid" and not text.valid:
                 continue
             corpus = load_corpus(text, name, recipe.text_seed)  # type: ignore[arg-type]
             examples, _ = encode_corpus(corpus, prompt, text.max_length)
+            every[name] = examples
             digests.append(corpus_sha256(corpus))
             counts.append(f"{len(examples):,} {name}")
             longest = max(longest, *map(len, examples))
             response = max(response, *(len(example.response_ids) for example in examples))
+        check_positions(every, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
         return f"{', '.join(counts)} pairs; the longest has {longest} tokens", (digests, longest, response)
 
     found = checks.on_all("text", check)

@@ -394,6 +394,46 @@ class ModelFolder(Shards):
             raise UserError(f"{self.path}: the checkpoint lacks the output head {self.head_module}.weight")
         return name
 
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer, as generation_config.json says, or config.json where that file is missing.
+
+        Ids that have no row are left out: the model cannot give them.
+        """
+        path = self.path / "generation_config.json"
+        path = path if path.exists() else self.path / "config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{path} must hold a JSON object, not {json.dumps(settings)[:60]}")
+        nested = settings.get("text_config")
+        found = settings.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(number) is int for number in ids):
+            raise UserError(
+                f"{path}: eos_token_id is {json.dumps(found)[:60]}; it must be a token id or a list of token ids"
+            )
+        rows = self.shape(self.embedding_name)[0]
+        return [number for number in ids if 0 <= number < rows]
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the model has a table for, such as GPT-2 and OPT; None where it has none and no such limit."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int):
+            return None
+        embedding = self.meta_model.get_input_embeddings()
+        # OPT and BioGPT keep spare rows in front.
+        learned = (
+            module.num_embeddings - getattr(module, "offset", 0)
+            for module in self.meta_model.modules()
+            if isinstance(module, torch.nn.Embedding) and module is not embedding
+        )
+        computed = (buffer.shape[0] for buffer in self.meta_model.buffers() if buffer.dim() == 2)  # GPT-J, CTRL
+        return limit if limit in (*learned, *computed) else None
+
     def tokenizer(self) -> Any:
         """The transformers tokenizer. Raises UserError where there is none or the embedding is too small for it."""
         from transformers import AutoTokenizer
@@ -403,17 +443,24 @@ class ModelFolder(Shards):
         except Exception as error:  # transformers, tokenizers and sentencepiece raise whatever they like here
             raise UserError(f"{self.path}: the tokenizer does not load: {str(error).strip().splitlines()[0]}") from None
         rows = self.shape(self.embedding_name)[0]
-        if len(tokenizer) > rows:
+        largest = largest_id(tokenizer)
+        if largest >= rows:
             raise UserError(
-                f"{self.path}: its tokenizer has {len(tokenizer)} tokens, more than the {rows} rows of its embedding; "
-                "use the tokenizer that belongs to the model"
+                f"{self.path}: its tokenizer has {len(tokenizer)} tokens with ids up to {largest}, more than the {rows} "
+                "rows of its embedding; use the tokenizer that belongs to the model"
             )
         return tokenizer
 
 
+def largest_id(tokenizer: Any) -> int:
+    """The largest id that a tokenizer can give: its length is smaller where ids have gaps."""
+    return max(tokenizer.get_vocab().values())
+
+
 def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """The tokenizer's raw pieces; "" for rows of a padded embedding that no token uses."""
-    return [tokenizer.convert_ids_to_tokens(number) or "" if number < len(tokenizer) else "" for number in ids]
+    largest = largest_id(tokenizer)
+    return [tokenizer.convert_ids_to_tokens(number) or "" if number <= largest else "" for number in ids]
 
 
 def write_model(

@@ -46,7 +46,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     UserError
         When weights are missing from the checkpoint or differ from it after loading.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers looks the configuration up through a weak reference: it must live until the model is built.
@@ -64,6 +64,8 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         trust_remote_code=recipe.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
+        # The checkpoint's generation_config.json must change no score (see text/translate.py).
+        generation_config=GenerationConfig(eos_token_id=folder.end_ids or None),
     )
     del zero_config
     if stage_of(config) < 3:

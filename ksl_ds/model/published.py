@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ksl_ds.errors import UserError
+from ksl_ds.model.folder import largest_id
 from ksl_ds.recipe import PACKAGE_DIR
 
 
@@ -27,8 +28,9 @@ def check_tokenizer_is_llama1(tokenizer: Any) -> None:
 
     Llama 2 has the same tokenizer and passes.
     """
+    largest = largest_id(tokenizer)
     for number, piece in published_pieces().items():
-        found = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
+        found = tokenizer.convert_ids_to_tokens(number) if number <= largest else None
         if found != piece:
             raise UserError(
                 f"published tickets are ids of LLaMA-1's tokenizer, where {number} is {piece!r}; in this model's it is "

@@ -9,9 +9,9 @@ Legend: B pairs of a batch, L positions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from ksl_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from ksl_ds.text.corpus import Corpus
+    from ksl_ds.text.corpus import Corpus, Pair
     from ksl_ds.text.prompt import Prompt
 
 IGNORED = -100  # the label that torch's and transformers' losses skip
@@ -39,25 +39,74 @@ class Example:
 
 
 def encode_corpus(corpus: Corpus, prompt: Prompt, max_length: int) -> tuple[list[Example], dict[str, int]]:
-    """Token ids of all pairs of at most `max_length` tokens, and how many were longer; these leave the corpus too.
+    """Token ids of all pairs of at most `max_length` tokens, and how many were left out for which reason.
 
-    So losses and translations of a held-out text are of the same pairs.
+    These leave the corpus too, so losses and translations of a held-out text are of the same pairs.
 
     Raises
     ------
     UserError
-        When all are longer.
+        When none is left.
     """
-    examples = prompt.encode(corpus.pairs)
-    fits = [len(example) <= max_length for example in examples]
-    if not any(fits):
+    encoded = prompt.encode(corpus.pairs)
+    too_long = f"longer than {max_length} tokens"
+    dropped: Counter[str] = Counter()
+    examples: list[Example] = []
+    pairs: list[Pair] = []
+    for pair, example in zip(corpus.pairs, encoded, strict=True):
+        if isinstance(example, str):
+            dropped[example] += 1
+        elif len(example) > max_length:
+            dropped[too_long] += 1
+        else:
+            examples.append(example)
+            pairs.append(pair)
+    if not examples and dropped[too_long] == len(encoded):
         raise UserError(
-            f"{corpus.name}: all {len(examples)} pairs are longer than text.max_length={max_length} tokens, prompt "
-            f"included; the shortest has {min(map(len, examples))}"
+            f"{corpus.name}: all {len(encoded)} pairs are longer than text.max_length={max_length} tokens, prompt "
+            f"included; the shortest has {min(map(len, encoded))}"
         )
-    dropped = fits.count(False)
-    corpus.pairs = list(compress(corpus.pairs, fits))
-    return list(compress(examples, fits)), {f"longer than {max_length} tokens": dropped} if dropped else {}
+    if not examples:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        raise UserError(f"{corpus.name}: none of its {len(encoded):,} pairs can be used: {reasons}")
+    corpus.pairs = pairs
+    return examples, dict(dropped)
+
+
+def check_positions(
+    examples: dict[str, list[Example]], positions: int | None, max_new_tokens: int, virtual_tokens: int = 0
+) -> None:
+    """Compares the lengths of texts by name ("test" is translated too) with the positions that the model has a table for.
+
+    Parameters
+    ----------
+    positions : None for a model without such a limit
+    virtual_tokens : of prefix tuning, which stand before every prompt
+
+    Raises
+    ------
+    UserError
+        Where a pair, or a prompt with its translation, is longer.
+    """
+    if positions is None:
+        return
+    free = positions - virtual_tokens
+    has = f"the model has {positions} positions" + (
+        f", {virtual_tokens} of them for prefix.num_virtual_tokens" if virtual_tokens else ""
+    )
+    for name, some in examples.items():
+        longest = max(map(len, some))
+        if longest > free:
+            raise UserError(
+                f"a pair of text.{name} has {longest} tokens, but {has}; set text.max_length={max(0, free)}"
+            )
+    prompt = max(len(example.prompt_ids) for example in examples["test"])
+    # The last new token is read by no further forward pass.
+    if prompt + max_new_tokens - 1 > free:
+        raise UserError(
+            f"a prompt of text.test has {prompt} tokens and evaluation.max_new_tokens is {max_new_tokens}, but {has}; set "
+            f"evaluation.max_new_tokens={max(1, free - prompt + 1)} or shorten the text by text.max_length"
+        )
 
 
 def response_tokens(examples: list[Example]) -> int:

@@ -7,6 +7,8 @@ Choices and what they cost:
 - The space between prompt and response belongs to the response, as in any word within a text, even when the user's
   template ends with one: a prompt that ends with a space asks the model to continue from a token it hardly knows.
 - Chat prompts name no date and ask for no thinking aloud, so that they are the same on every day.
+- A sentence is data: what reads like a special token in it, such as "</s>", is tokenized as plain text. Where tokenizer or
+  template cannot tell the two apart (a chat template renders text and markers together) the pair is left out and counted.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from ksl_ds.errors import UserError
 from ksl_ds.text.batches import Example
+from ksl_ds.text.chat import ChatTemplate
 from ksl_ds.text.corpus import Pair
 
 TEMPLATES = {
@@ -29,8 +32,8 @@ TEMPLATES = {
 }
 CHAT_MESSAGE = "Translate the following sentence from {source_language} to {target_language}.\n{source}"
 FILLED_IN = ("{source}", "{source_language}", "{target_language}")
-# Read by the templates of Llama 3 (which would take today's date) and Qwen 3, ignored by all others.
-CHAT_SETTINGS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+SPECIAL_IN_TEXT = "with a special token of the tokenizer in their text"
+NO_PROMPT = "whose prompt has no tokens"
 AT_ONCE = 1000  # texts that the tokenizer takes in one call; a call for each costs half as much again
 
 
@@ -45,17 +48,20 @@ class Prompt:
     Raises
     ------
     UserError
-        For a text without {source} or with an unknown {name}, a tokenizer without chat template, or one without end
-        token.
+        For a text without {source} or with an unknown {name}, a tokenizer without end token, or one without a chat template
+        that works.
     """
 
     def __init__(self, template: str, source_language: str, target_language: str, tokenizer: Any):
-        self._chat, self._tokenizer = template == "chat", tokenizer
-        if self._chat and not tokenizer.chat_template:
-            raise UserError("text.prompt is chat, but this tokenizer has no chat template; use plain or alpaca")
+        self._tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end token (eos_token), so no model could learn where to stop")
-        text = CHAT_MESSAGE if self._chat else TEMPLATES.get(template, template).rstrip(" ")
+        if tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) != tokenizer.eos_token:
+            raise UserError(
+                f"the tokenizer's end token (eos_token) is {tokenizer.eos_token!r}, which is not in its vocabulary; name one "
+                "that is in tokenizer_config.json"
+            )
+        text = CHAT_MESSAGE if template == "chat" else TEMPLATES.get(template, template).rstrip(" ")
         if "{source}" not in text:
             raise UserError(
                 f"text.prompt is {template!r}; it must be plain, alpaca, chat, or a text that contains {{source}}"
@@ -69,18 +75,29 @@ class Prompt:
         # Not str.format: the user's text and the sentences may hold braces of their own.
         text = text.replace("{source_language}", source_language).replace("{target_language}", target_language)
         self._around = text.split("{source}")
+        self._chat = ChatTemplate(tokenizer, self._around) if template == "chat" else None
         self._anchor = self.render("x")[-1]
         self._anchor_ids = self._tokens([self._anchor])[0]
-        self._gap = self._chat_gap() if self._chat else "" if self._anchor == "\n" else " "
+        self._gap = self._chat.gap() if self._chat else "" if self._anchor == "\n" else " "
+        template_text = self.render("x")
+        self._special = self._special_tokens(template_text)
+        self._reads_like_special = re.compile(
+            "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
+        )
+        self._has_markers = self._reads_like_special.search(template_text) is not None
+        self._plain_ids = self.encode_source("x")
 
     def render(self, source: str) -> str:
         """The prompt of a sentence as text."""
-        text = source.join(self._around)
-        return self._dialogue([{"role": "user", "content": text}], add_generation_prompt=True) if self._chat else text
+        return self._chat.prompt(source) if self._chat else source.join(self._around)
 
-    def encode_sources(self, sources: list[str]) -> list[list[int]]:
+    def encode_sources(self, sources: list[str], *, split_special_tokens: bool = False) -> list[list[int]]:
         """Token ids of prompts. A begin token comes once, where the tokenizer or the chat template sets it."""
-        prompts = self._tokens([self.render(source) for source in sources], add_special_tokens=not self._chat)
+        prompts = self._tokens(
+            [self.render(source) for source in sources],
+            add_special_tokens=not self._chat,
+            split_special_tokens=split_special_tokens,
+        )
         end = self._tokenizer.eos_token_id
         # Some tokenizers close every text with their end token; a prompt goes on.
         return [ids[:-1] if not self._chat and ids[-1:] == [end] else ids for ids in prompts]
@@ -89,29 +106,58 @@ class Prompt:
         """Token ids of one prompt."""
         return self.encode_sources([source])[0]
 
-    def encode(self, pairs: list[Pair]) -> list[Example]:
-        """Prompts and responses; each response ends with the end token."""
+    def encode(self, pairs: list[Pair]) -> list[Example | str]:
+        """Prompts and responses; each response ends with the end token. A text is the reason to leave that pair out."""
         return list(chain.from_iterable(self._encode(pairs[at : at + AT_ONCE]) for at in range(0, len(pairs), AT_ONCE)))
 
-    def _encode(self, pairs: list[Pair]) -> list[Example]:
+    def _encode(self, pairs: list[Pair]) -> list[Example | str]:
         prompts = self.encode_sources([pair.source for pair in pairs])
-        responses = self._tokens([self._anchor + self._gap + pair.target for pair in pairs])
+        responses = self._responses([pair.target for pair in pairs])
+        return [self._example(*parts) for parts in zip(pairs, prompts, responses, strict=True)]
+
+    def _example(self, pair: Pair, prompt: list[int], response: list[int]) -> Example | str:
+        in_source, in_target = (
+            {self._special[text] for text in self._reads_like_special.findall(side)} - {self._tokenizer.unk_token_id}
+            for side in (pair.source, pair.target)
+        )
+        if self._reads_like_special.search(pair.source):
+            if self._has_markers:  # they would become plain text as well
+                return SPECIAL_IN_TEXT
+            (prompt,) = self.encode_sources([pair.source], split_special_tokens=True)
+        if self._reads_like_special.search(pair.target):
+            (response,) = self._responses([pair.target], split_special_tokens=True)
+        forged = any(prompt.count(number) > self._plain_ids.count(number) for number in in_source)
+        if forged or not in_target.isdisjoint(response):
+            return SPECIAL_IN_TEXT
+        return Example(prompt, [*response, self._tokenizer.eos_token_id]) if prompt else NO_PROMPT
+
+    def _responses(self, targets: list[str], *, split_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of translations as they stand behind a prompt, without the end token."""
+        texts = [self._gap + target for target in targets]
+        found = self._tokens([self._anchor + text for text in texts], split_special_tokens=split_special_tokens)
         size = len(self._anchor_ids)
-        for index, ids in enumerate(responses):
-            joined = ids[:size] != self._anchor_ids  # a token spans the boundary
-            responses[index] = self._tokens([self._gap + pairs[index].target])[0] if joined else ids[size:]
-        end = self._tokenizer.eos_token_id
-        return [Example(prompt, [*response, end]) for prompt, response in zip(prompts, responses, strict=True)]
+        for index, ids in enumerate(found):
+            if ids[:size] == self._anchor_ids:
+                found[index] = ids[size:]
+            else:  # a token spans the boundary
+                (found[index],) = self._tokens([texts[index]], split_special_tokens=split_special_tokens)
+        return found
 
-    def _tokens(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False).input_ids
+    def _tokens(
+        self, texts: list[str], *, add_special_tokens: bool = False, split_special_tokens: bool = False
+    ) -> list[list[int]]:
+        return self._tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+        ).input_ids
 
-    def _dialogue(self, messages: list[dict[str, str]], **settings: Any) -> str:
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, **CHAT_SETTINGS, **settings)
-
-    def _chat_gap(self) -> str:
-        """The white space that the chat template sets before an answer: none in most, a space in Llama 2's."""
-        turns = [{"role": "user", "content": "x".join(self._around)}, {"role": "assistant", "content": "x"}]
-        prompt, dialogue = self.render("x"), self._dialogue(turns)
-        gap = dialogue[len(prompt) :].partition("x")[0] if dialogue.startswith(prompt) else ""
-        return "" if gap.strip() else gap
+    def _special_tokens(self, template_text: str) -> dict[str, int]:
+        """Ids by text of the tokens that no sentence may hold: special ones, and added ones that the template holds."""
+        tokenizer = self._tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        for number, token in tokenizer.added_tokens_decoder.items():
+            if token.content.strip() and (token.special or token.content in template_text):
+                special[token.content] = number
+        return special

@@ -4,11 +4,16 @@ Prompts are sorted by length, so that a batch pads little, and dealt to the rank
 partitioned every rank runs the same number of batches and steps (`synced_gpus`), since each forward pass is a collective;
 when they are whole (`evaluation.gather_weights`) ranks do not wait for each other.
 
+Only the recipe decides how hypotheses are searched for. Of the checkpoint's generation_config.json the end tokens count and
+nothing else: penalties, forced tokens or several sequences a prompt, meant for chats, would change scores.
+
 Legend: B prompts of a batch, L positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,38 +53,56 @@ def translate(
         batches += [[]] * (most - len(batches))
     end_ids = end_tokens(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    search = search_settings(evaluation, end_ids, pad_id)
     was_training = model.training
     model.eval()
     found: dict[int, Translation] = {}
-    with cluster.progress(batches, label) as bar:
+    with cluster.progress(batches, label) as bar, _only_settings(model, search):
         for indices in bar:
             # A rank that has run out translates one shortest prompt along with the others and drops the result.
-            batch = collate_prompts([prompts[index] for index in indices or by_length[-1:]], pad_id)
+            translated = indices or by_length[-1:]
+            batch = collate_prompts([prompts[index] for index in translated], pad_id)
             output_BL = model.generate(
                 input_ids=batch["input_ids"].to(cluster.device()),
                 attention_mask=batch["attention_mask"].to(cluster.device()),
-                do_sample=False,
-                num_beams=evaluation.num_beams,
-                max_new_tokens=evaluation.max_new_tokens,
-                # What a checkpoint's generation config may carry for chats: sampling means nothing in a search, and
-                # penalties on repeated words would keep a translation from repeating what the source repeats.
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                eos_token_id=end_ids,
-                pad_token_id=pad_id,
+                generation_config=search,
                 synced_gpus=partitioned,
             )
             answers_BL = output_BL[:, batch["input_ids"].shape[1] :].tolist()
-            for index, answer in zip(indices, answers_BL, strict=False):
-                found[index] = _read(answer, end_ids, tokenizer)
+            hypotheses = {
+                index: _read(answer, end_ids, tokenizer) for index, answer in zip(translated, answers_BL, strict=True)
+            }
+            found |= {index: hypotheses[index] for index in indices}
     model.train(was_training)
     everything: dict[int, Translation] = {}
     for part in cluster.gather_objects(found):
         everything |= part
     return [everything[index] for index in range(len(prompts))]
+
+
+def search_settings(evaluation: Evaluation, end_ids: list[int], pad_id: int) -> Any:
+    """A greedy or beam search as `evaluation` says, as transformers' GenerationConfig."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=evaluation.num_beams,
+        max_new_tokens=evaluation.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _only_settings(model: nn.Module, settings: Any) -> Iterator[None]:
+    """Keeps `generate` from filling what `settings` leaves open from the checkpoint's generation config."""
+    checkpoints_own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = checkpoints_own
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

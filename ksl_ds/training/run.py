@@ -30,7 +30,7 @@ from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
 from ksl_ds.sharding import cluster
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
-from ksl_ds.text.batches import Example, encode_corpus
+from ksl_ds.text.batches import Example, check_positions, encode_corpus
 from ksl_ds.text.corpus import Corpus, load_corpus
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import check_tokenizer
@@ -107,6 +107,7 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
     with cluster.together():
         tokenizer = folder.tokenizer()
+        _ = folder.end_ids  # a mistake in generation_config.json is known before the model is loaded
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
         names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
         corpora = {name: load_corpus(recipe.text, name, recipe.text_seed) for name in names}  # type: ignore[arg-type]
@@ -120,12 +121,13 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
                     f"{corpus.name} has changed since the run in {run_dir} began, so it cannot be gone on with; bring the "
                     "text back or choose another run_dir"
                 )
+        check_positions(examples, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
     for corpus in corpora.values():
         cluster.say(corpus.summary())
     cluster.say(f"loading {folder.path} on {cluster.world_size()} ranks")
     model = load_model(recipe, folder, config)
     inputs["weights"] = weight_digests(model)
-    prompts = [prompt.encode_source(pair.source) for pair in corpora["test"].pairs]
+    prompts = [example.prompt_ids for example in examples["test"]]
     with folder_taken(run_dir):
         # Once more, as another process may have gone on with the run while this one loaded the model.
         before = cluster.on_main(lambda: results_before(run_dir, recipe))
@@ -140,6 +142,11 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
                 yield run
             finally:
                 free_weights(run.model)  # a command may open one run after the other
+
+
+def virtual_tokens(recipe: Recipe) -> int:
+    """Positions before every prompt that prefix tuning takes."""
+    return recipe.prefix.num_virtual_tokens if recipe.method == "prefix" else 0
 
 
 def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:

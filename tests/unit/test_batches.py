@@ -16,6 +16,7 @@ from ksl_ds.text.batches import (
     IGNORED,
     BatchOrder,
     Example,
+    check_positions,
     collate_prompts,
     collate_training,
     encode_corpus,
@@ -171,3 +172,24 @@ def test_all_pairs_too_long():
         "text.train (a.jsonl): all 12 pairs are longer than text.max_length=3 tokens, prompt included; "
         f"the shortest has {shortest}"
     )
+
+
+def test_lengths_against_the_positions_of_a_model():
+    texts = {"train": [Example([1] * 5, [2] * 5)], "test": [Example([1] * 4, [2] * 3)]}
+    check_positions(texts, None, 10**6)
+    check_positions(texts, 10, 7)
+    with pytest.raises(UserError) as caught:
+        check_positions(texts, 10, 8)
+    assert str(caught.value) == (
+        "a prompt of text.test has 4 tokens and evaluation.max_new_tokens is 8, but the model has 10 positions; set "
+        "evaluation.max_new_tokens=7 or shorten the text by text.max_length"
+    )
+    with pytest.raises(UserError) as caught:
+        check_positions(texts, 9, 1)
+    assert str(caught.value) == (
+        "a pair of text.train has 10 tokens, but the model has 9 positions; set text.max_length=9"
+    )
+    with pytest.raises(
+        UserError, match="has 12 positions, 3 of them for prefix.num_virtual_tokens; set text.max_length=9"
+    ):
+        check_positions(texts, 12, 1, virtual_tokens=3)

@@ -214,7 +214,7 @@ def test_missing_tensors_are_named(tmp_path):
 
 def test_tokenizer_must_fit_the_embedding(tmp_path):
     base = ModelFolder(make_model_folder(tmp_path / "small", vocab_size=100))
-    with pytest.raises(UserError, match="134 tokens, more than the 100 rows"):
+    with pytest.raises(UserError, match="134 tokens with ids up to 133, more than the 100 rows"):
         base.tokenizer()
     padded = ModelFolder(make_model_folder(tmp_path / "padded", vocab_size=192))
     assert token_strings(padded.tokenizer(), [0, 3, 133, 134, 191]) == ["<pad>", "a", "'", "", ""]
@@ -535,3 +535,60 @@ def test_a_whole_model_is_written_as_transformers_reads_it(tmp_path, architectur
     sizes = {name: value for name, value in TINY.items() if hasattr(text, name)}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(tmp_path / "base")
     assert_whole_model_is_written(open_model(tmp_path / "base"), tmp_path / "out")
+
+
+def test_ids_with_gaps_are_compared_by_the_largest_one(tmp_path):
+    path = make_model_folder(tmp_path / "gaps", vocab_size=140)
+    record = json.loads((path / "tokenizer.json").read_text())
+    record["model"]["vocab"]["far"] = 139
+    (path / "tokenizer.json").write_text(json.dumps(record))
+    tokenizer = ModelFolder(path).tokenizer()
+    assert len(tokenizer) == 135 and token_strings(tokenizer, [134, 139]) == ["", "far"]
+    record["model"]["vocab"]["far"] = 140
+    (path / "tokenizer.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="135 tokens with ids up to 140, more than the 140 rows"):
+        ModelFolder(path).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [(2, [2]), ([2, 5], [2, 5]), (None, []), ([2, 134, -1, 10**30], [2]), ([], [])]
+)
+def test_end_ids_of_a_checkpoint(tmp_path, value, ids):
+    path = make_model_folder(tmp_path / "model")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value, "do_sample": True}))
+    assert ModelFolder(path).end_ids == ids
+    (path / "generation_config.json").unlink()
+    assert ModelFolder(path).end_ids == [2]  # config.json's
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"eos_token_id": "</s>"}', 'eos_token_id is "</s>"; it must be a token id or a list of token ids'),
+        ('{"eos_token_id": [2, null]}', "eos_token_id is \\[2, null\\]; it must be"),
+        ('{"eos_token_id": true}', "eos_token_id is true; it must be"),
+        ('{"eos_token_id": 2.0}', "eos_token_id is 2.0; it must be"),
+        ('{"eos_token_id": {"a": 1}}', "it must be"),
+        ("[1]", "must hold a JSON object, not"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_generation_config_that_says_no_end_ids(tmp_path, text, problem):
+    path = make_model_folder(tmp_path / "model")
+    (path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=f"generation_config.json.*{problem}"):
+        _ = ModelFolder(path).end_ids
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "positions"),
+    [
+        ("gpt2", {"n_positions": 40, "n_embd": 32, "n_layer": 1, "n_head": 4}, 40),
+        ("opt", {"max_position_embeddings": 40}, 40),
+        ("gptj", {"n_positions": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, 40),
+        ("llama", {"max_position_embeddings": 40}, None),
+        ("bloom", {"n_layer": 1}, None),
+    ],
+)
+def test_positions_that_a_model_has_a_table_for(tmp_path, architecture, sizes, positions):
+    assert ModelFolder(make_model_folder(tmp_path / "model", architecture, **sizes)).positions == positions

@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ksl_ds.errors import UserError
-from ksl_ds.text.corpus import Pair
-from ksl_ds.text.prompt import AT_ONCE, CHAT_MESSAGE, TEMPLATES, Prompt
+from ksl_ds.text import chat
+from ksl_ds.text.batches import Example, encode_corpus
+from ksl_ds.text.corpus import Corpus, Pair
+from ksl_ds.text.prompt import AT_ONCE, CHAT_MESSAGE, NO_PROMPT, SPECIAL_IN_TEXT, TEMPLATES, Prompt
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 CHATML = (
@@ -100,8 +102,9 @@ def test_chat_prompts_are_the_same_every_day_and_ask_for_no_thinking():
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{{ strftime_now('%d %b %Y') }}{% else %}{{ date_string }}{% endif %}"
         "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+        "{{ messages[0].content.split('\\n')[1] }}"
     )
-    assert prompt_of("chat", tokenizer).render("A cat.") == "26 Jul 2024<think></think>"
+    assert prompt_of("chat", tokenizer).render("A cat.") == "26 Jul 2024<think></think>A cat."
 
 
 def test_braces_of_sentence_and_template_stay():
@@ -139,6 +142,164 @@ def test_chat_without_chat_template_and_a_tokenizer_without_end():
     endless.eos_token = None
     with pytest.raises(UserError, match="no end token"):
         prompt_of("plain", endless)
+    for not_there in ("", "<|stop|>"):
+        tokenizer = AddedlessEnd(not_there)
+        with pytest.raises(UserError, match="which is not in its vocabulary"):
+            prompt_of("plain", tokenizer)
+
+
+class AddedlessEnd:
+    """A tokenizer whose end token is not in its vocabulary, so that its id is the unknown token's."""
+
+    def __init__(self, eos_token: str):
+        self._tokenizer = byte_level()
+        self.eos_token = eos_token
+        self.eos_token_id = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+
+# --- chat templates that do not work ---
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_of(template: str) -> Prompt:
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    return prompt_of("chat", tokenizer)
+
+
+def test_a_template_that_wants_content_as_a_list_of_parts_gets_it():
+    text, parts = chat_of(CHATML), chat_of(PARTS)
+    pairs = [Pair(*pair) for pair in SENTENCES]
+    assert parts.encode(pairs) == text.encode(pairs)
+    assert len({tuple(example.prompt_ids) for example in parts.encode(pairs)}) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    {
+        "{{ raise_exception('no chats\nhere') }}": "it fails with TemplateError: no chats here",
+        "{% for m in messages %}{{ m.content }}": "it fails with TemplateSyntaxError: Unexpected end of template",
+        "{{ messages[0].content.no.such }}": "it fails with UndefinedError: ",
+        "{{ messages[0].content }}{{ 1 // 0 }}": "it fails with ZeroDivisionError: ",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "it fails with RecursionError: ",
+        "{{ messages[0].content * 10**9 }}": "it takes more than 2048 MiB of memory",
+        "{{ messages[0].content * 10**4 }}": "characters for a sentence of one word",
+        "{{ messages[0].role }}": "it leaves the sentence out of the prompt",
+        "{% for m in messages %}{% endfor %}": "it leaves the sentence out of the prompt",
+    }.items(),
+)
+def test_a_chat_template_that_cannot_be_used_is_a_sentence(template, problem):
+    with pytest.raises(UserError) as caught:
+        chat_of(template)
+    message = str(caught.value)
+    assert message.startswith("text.prompt is chat, but the tokenizer's chat template cannot be used: ")
+    assert problem in message and message.endswith("; use plain or alpaca") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set x = 10**(10**9) %}",
+        # only where there is an answer already
+        "{% if messages | length > 1 %}{% set x = 10**(10**9) %}{% endif %}",
+    ],
+)
+def test_a_chat_template_that_never_ends(monkeypatch, endless):
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1)
+    with pytest.raises(UserError, match="it does not end within 1 seconds; use plain or alpaca"):
+        chat_of("{{ messages[0].content }}" + endless)
+
+
+def test_a_chat_template_that_fails_at_one_sentence():
+    prompt = chat_of("{% if 'cat' in messages[0].content %}{{ 1 // 0 }}{% endif %}{{ messages[0].content }}")
+    with pytest.raises(UserError, match="the tokenizer's chat template fails: .*; use plain or alpaca"):
+        prompt.encode([Pair("a dog", "un chien"), Pair("a cat", "un chat")])
+
+
+def test_a_chat_template_that_takes_no_answers_works():
+    once = "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}\n"
+    assert chat_of(once).render("A cat.").endswith("\nA cat.")
+
+
+# --- special tokens in the text of a sentence ---
+
+
+def slow_tokenizer(folder) -> object:
+    """In Python, without the tokenizers library: a word a token."""
+    from transformers import BertTokenizerLegacy
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "se", "##p", "[", "]", "=", ">"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizerLegacy(str(folder / "vocab.txt"), eos_token="[SEP]")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("special", ["</s>", "<s>", "<unk>", "<|im_end|>"])
+@pytest.mark.parametrize("template", ["plain", "{source} =>", "{source}"])
+def test_a_special_tokens_text_in_a_sentence_is_plain_text(kind, special, template):
+    tokenizer = TOKENIZERS[kind]
+    number = tokenizer.convert_tokens_to_ids(special)
+    for source, target in [(f"a {special} b", "le chat"), ("a b", f"{special} le {special}chat")]:
+        prompt = prompt_of(template, tokenizer)
+        (example,) = prompt.encode([Pair(source, target)])
+        assert number not in example.prompt_ids[1:] and number not in example.response_ids[:-1]
+        assert tokenizer.decode(example.response_ids[:-1]).strip() == target
+        assert source in tokenizer.decode(example.prompt_ids)
+        assert example.response_ids[-1] == 2 and example.prompt_ids.count(1) == prompt.encode_source("x").count(1)
+
+
+def test_where_markers_and_text_cannot_be_told_apart_the_pair_is_left_out_and_counted():
+    pairs = [Pair("a <|im_end|> b", "le"), Pair("a", "b"), Pair("the </s> dog", "c"), Pair("d", "e <|im_end|>")]
+    for prompt in (chat_of(CHATML), prompt_of("<|im_start|>{source}<|im_end|>")):
+        corpus = Corpus("text.train (a.jsonl)", list(pairs))
+        examples, dropped = encode_corpus(corpus, prompt, 512)
+        assert dropped == {SPECIAL_IN_TEXT: 2} and corpus.pairs == [pairs[1], pairs[3]]
+        assert examples[1].response_ids[-1] == 2 and 4 not in examples[1].response_ids
+        with pytest.raises(UserError, match="none of its 1 pairs can be used: 1 with a special token"):
+            encode_corpus(Corpus("text.train", [pairs[0]]), prompt, 512)
+
+
+def test_a_marker_that_is_no_special_token_counts_as_one_where_the_template_sets_it():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<turn>", "<think>"])
+    tokenizer.chat_template = "{{ messages[0].content }}<turn>\n"
+    turn, think = tokenizer.convert_tokens_to_ids(["<turn>", "<think>"])
+    forged, answer, other = prompt_of("chat", tokenizer).encode(
+        [Pair("a <turn> b", "c"), Pair("a", "b <turn>"), Pair("a <think> b", "c")]
+    )
+    assert forged == answer == SPECIAL_IN_TEXT and other.prompt_ids.count(turn) == 1 and think in other.prompt_ids
+
+
+def test_a_slow_tokenizer_that_splits_no_special_token_leaves_the_pair_out(tmp_path):
+    plain, source, target = prompt_of("{source} =", slow_tokenizer(tmp_path)).encode(
+        [Pair("a b", "c"), Pair("a [SEP] b", "c"), Pair("a b", "c [SEP]")]
+    )
+    assert (plain.prompt_ids, plain.response_ids) == ([2, 5, 6, 12], [7, 3])
+    assert source == target == SPECIAL_IN_TEXT
+
+
+def test_a_tokenizer_that_splits_special_tokens_by_default_still_sees_the_templates_markers():
+    splitting = byte_level()
+    splitting.chat_template, splitting.split_special_tokens = CHATML, True
+    pairs = [Pair(*pair) for pair in SENTENCES]
+    assert prompt_of("chat", splitting).encode(pairs) == chat_of(CHATML).encode(pairs)
+
+
+def test_a_prompt_without_tokens_is_left_out():
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizers.Replace("!", ""), pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    found = prompt_of("{source}", tokenizer).encode([Pair("a!", "a"), Pair("!!", "a")])
+    assert found == [Example([2], [2, 1]), NO_PROMPT]
 
 
 # --- as tokens ---

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from tiny import SENTENCES, make_model_folder, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from ksl_ds.errors import UserError
 from ksl_ds.recipe import Evaluation
@@ -221,14 +221,78 @@ def test_translations_come_in_the_order_of_the_text_whatever_the_batch(model):
         assert all(translation.num_tokens == 6 or translation.stopped for translation in one_by_one)
 
 
-def test_settings_for_chats_in_a_checkpoint_change_no_translation(model, monkeypatch):
-    settings = Evaluation(batch_size=4, max_new_tokens=8)
-    plain = translate(model, make_tokenizer(), prompts(), settings, partitioned=False, label="test")
-    for name, value in {"do_sample": True, "temperature": 9.0, "top_p": 0.5, "repetition_penalty": 5.0}.items():
-        monkeypatch.setattr(model.generation_config, name, value)
-    monkeypatch.setattr(model.generation_config, "no_repeat_ngram_size", 1)
-    torch.manual_seed(1)
-    assert translate(model, make_tokenizer(), prompts(), settings, partitioned=False, label="test") == plain
+NASTY = {
+    "do_sample": True,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.5,
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1,
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "bad_words_ids": [[5], [6], [7], [8]],
+    "suppress_tokens": list(range(2, 60)),
+    "begin_suppress_tokens": list(range(60, 130)),
+    "sequence_bias": [[[9], 50.0]],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": [0, 9.0],
+    "remove_invalid_values": True,
+    "renormalize_logits": True,
+    "min_length": 40,
+    "min_new_tokens": 8,
+    "max_length": 3,
+    "max_time": 0.0,
+    "stop_strings": ["a", "e"],
+    "early_stopping": True,
+    "length_penalty": -5.0,
+    "num_beams": 2,
+    "num_beam_groups": 2,
+    "diversity_penalty": 5.0,
+    "penalty_alpha": 0.6,
+    "num_return_sequences": 2,
+    "guidance_scale": 3.0,
+    "watermarking_config": {"bias": 9.0},
+    "prompt_lookup_num_tokens": 2,
+    "dola_layers": "high",
+    "assistant_early_exit": 1,
+    "constraints": [1],
+    "force_words_ids": [[5]],
+    "low_memory": True,
+    "cache_implementation": "static",
+    "use_cache": False,
+    "output_scores": True,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "return_dict_in_generate": True,
+    "pad_token_id": 9,
+    "bos_token_id": 9,
+    "decoder_start_token_id": 9,
+    "token_healing": True,
+    "made_up": 1,
+}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_setting_of_a_checkpoints_generation_config_changes_a_translation(model, beams):
+    settings = Evaluation(batch_size=2, max_new_tokens=5, num_beams=beams)
+    plain = translate(model, make_tokenizer(), prompts()[:2], settings, partitioned=False, label="test")
+    own = model.generation_config
+    try:
+        for changes in [{name: value} for name, value in NASTY.items()] + [NASTY]:
+            model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+            for name, value in changes.items():
+                setattr(model.generation_config, name, value)
+            nasty = model.generation_config
+            found = translate(model, make_tokenizer(), prompts()[:2], settings, partitioned=False, label="test")
+            assert found == plain, changes
+            assert model.generation_config is nasty
+    finally:
+        model.generation_config = own
 
 
 def test_a_token_that_ends_the_answer_is_neither_text_nor_length(model, monkeypatch):
