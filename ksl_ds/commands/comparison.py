@@ -182,11 +182,17 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
 def _samples(home: Path, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """The first test sentences with every entry's translation, of the first seed."""
     first = next(iter(runs.values()))
-    sources, references = (_lines(home, first, name)[:SAMPLES_SHOWN] for name in ("sources", "references"))
+    sources, references = (_lines(home, first, name) for name in ("sources", "references"))
     samples = [
         {"source": source, "reference": reference} for source, reference in zip(sources, references, strict=True)
-    ]
+    ][:SAMPLES_SHOWN]
     for key, run in runs.items():
-        for sample, line in zip(samples, _lines(home, run, "hypotheses"), strict=False):
+        lines = _lines(home, run, "hypotheses")
+        if len(lines) != len(sources):
+            raise UserError(
+                f"{home / run['folder']}: its hypotheses.txt of {run['stage']} has {len(lines)} lines for {len(sources)} "
+                "sentences; remove its run to have it made again"
+            )
+        for sample, line in zip(samples, lines[: len(samples)], strict=True):
             sample[key] = line
     return samples

@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ksl_ds.errors import UserError
 from ksl_ds.files import read_text
 from ksl_ds.lottery.ks import critical_count
 from ksl_ds.lottery.ticket import Shift, Ticket
@@ -156,8 +157,13 @@ def _samples(run: Run) -> list[dict[str, str]]:
     pairs = run.corpora["test"].pairs[:SAMPLES_SHOWN]
     samples = [{"source": pair.source, "reference": pair.target} for pair in pairs]
     for stage in run.stages:
-        lines = read_text(run.dir / "translations" / stage / "hypotheses.txt").split("\n")
-        for sample, line in zip(samples, lines, strict=False):
+        path = run.dir / "translations" / stage / "hypotheses.txt"
+        lines = read_text(path).split("\n")[:-1]
+        if len(lines) != len(run.corpora["test"].pairs):
+            raise UserError(
+                f"{path} has {len(lines)} lines for {len(run.corpora['test'].pairs)} sentences; choose another run_dir"
+            )
+        for sample, line in zip(samples, lines[: len(samples)], strict=True):
             sample[stage_name(stage)] = line
     return samples
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SENTENCES, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -35,6 +35,7 @@ EXAMPLES = [Example([5, 6, 7], [8, PAD]), Example([5], [9, 10, 11, PAD]), Exampl
 # --- order ---
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 200), ranks=st.integers(1, 9), size=st.integers(1, 20))
 def test_micro_batches_of_the_ranks_are_the_batch_cut_up(count, ranks, size):
     indices = list(range(100, 100 + count))
@@ -51,6 +52,7 @@ def test_micro_batches_of_the_ranks_are_the_batch_cut_up(count, ranks, size):
         assert min(now) >= max(after, default=0), "all ranks are at the same lengths at the same time"
 
 
+@settings(deadline=None)
 @given(examples=SIZE, size=SIZE, seed=st.integers(0, 2**31), epochs=st.integers(1, 4))
 def test_an_epoch_has_every_example_once_and_no_batch_mixes_two(examples, size, seed, epochs):
     order = BatchOrder(examples, size, seed)
@@ -62,6 +64,7 @@ def test_an_epoch_has_every_example_once_and_no_batch_mixes_two(examples, size, 
         assert all(len(batch) == size for batch in batches[:-1]) and 0 < len(batches[-1]) <= size
 
 
+@settings(deadline=None)
 @given(
     examples=SIZE, size=SIZE, seed=st.integers(0, 2**31), steps=st.lists(st.integers(0, 300), min_size=1, max_size=9)
 )
