@@ -15,7 +15,7 @@ _HOMES = {
     "critical_count": "ksl_ds.lottery.ks",
     "Ticket": "ksl_ds.lottery.ticket",
     "draw_ticket": "ksl_ds.lottery.ticket",
-    "train_only_rows": "ksl_ds.model.rows",
+    "train_only_rows": "ksl_ds.model.row_hooks",
 }
 
 

@@ -125,39 +125,39 @@ def _command(command: str, words: list[str]) -> tuple[Callable[[], None], Any]:
         files = [file] if file else words[1:]
         if len(files) != 1:
             raise UserError(f"compare {name} takes the results.json of one comparison")
-        return lambda: importlib.import_module("ksl_ds.commands.comparison").show_file(Path(files[0])), None
-    from ksl_ds import recipe as recipes
+        return lambda: importlib.import_module("ksl_ds.comparison.results").show_file(Path(files[0])), None
+    from ksl_ds.config import load, schema
 
     if command == "estimate" and words and "=" not in words[0]:
         words = [f"model={words[0]}", *words[1:]]
     file = words[0] if words and "=" not in words[0] else None
-    recipe = recipes.load_recipe(getattr(recipes, SCHEMA[command]), file, words[1:] if file else words)
+    recipe = load.load_recipe(getattr(schema, SCHEMA[command]), file, words[1:] if file else words)
     return lambda: _on_ranks(command, recipe, file), recipe
 
 
 def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
     # Each rank is a process of its own: tokenizers' threads would only compete, and warn about forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from ksl_ds.sharding import cluster
-    from ksl_ds.sharding.engine import quiet_libraries
+    from ksl_ds import distributed
+    from ksl_ds.sharding.engine import set_library_verbosity
 
     timeout = timedelta(minutes=getattr(recipe, "timeout_minutes", 30.0))
-    with cluster.lost_ranks_named(timeout):
-        cluster.start(timeout)
-        _JOB["id"] = cluster.from_main(uuid.uuid4().hex)
-        quiet_libraries(recipe.verbose)
+    with distributed.name_lost_ranks(timeout):
+        distributed.initialize(timeout)
+        _JOB["id"] = distributed.broadcast_from_rank0(uuid.uuid4().hex)
+        set_library_verbosity(recipe.verbose)
         _say_what_is_shipped(file or getattr(recipe, "model", None), "recipes")
         _say_what_is_shipped(getattr(recipe, "deepspeed", None), "ds_configs")
         importlib.import_module(f"ksl_ds.commands.{command}").run(recipe)
-        cluster.stop()
+        distributed.shutdown()
 
 
 def _say_what_is_shipped(name: object, folder: str) -> None:
-    from ksl_ds.recipe import shipped_file
-    from ksl_ds.sharding import cluster
+    from ksl_ds import distributed
+    from ksl_ds.config.load import shipped_file
 
     if isinstance(name, str) and (path := shipped_file(name, folder)) != Path(name):
-        cluster.say(f"{name} is the file that comes with ksl_ds, {path}")
+        distributed.say(f"{name} is the file that comes with ksl_ds, {path}")
 
 
 class _Lasting(io.FileIO):
@@ -217,11 +217,11 @@ def _overview() -> str:
 
 
 def _command_help(command: str) -> str:
-    from ksl_ds import recipe as recipes
+    from ksl_ds.config import load, schema
 
     what, usage = COMMANDS[command]
     lines = [f"ksl-ds {command}: {what}", "", f"usage: ksl-ds {command} {usage}", "", "keys (default):"]
-    for name, (default, text) in recipes.dotted_keys(getattr(recipes, SCHEMA[command])).items():
+    for name, (default, text) in load.dotted_keys(getattr(schema, SCHEMA[command])).items():
         shown = "required" if default == "???" else "empty" if default in (None, []) else default
         lines += [f"  {name} ({shown})", *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -112,3 +116,66 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clean(value: Any) -> Any:
+    """`value` as JSON can hold it: dataclasses as dicts, arrays as lists, paths as text, NaN and infinities as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): clean(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    return clean(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes sorted, indented JSON, whole or not at all; see `clean` for what becomes of values. Raises UserError."""
+    text = json.dumps(clean(content), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well and vanishes when it does not.
+
+    An existing `target` stays as it is until the new one is complete on disk; it is then moved aside and removed.
+    """
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in [*draft.rglob("*"), draft]:
+            sync(path)
+        aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+        if target.exists():
+            target.rename(aside)
+        try:
+            draft.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+READ_AT_ONCE = 1 << 24
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read block by block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()

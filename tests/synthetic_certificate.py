@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ksl_ds.lottery.certificate import LEAST_SENTENCES, clopper_pearson
+from ksl_ds.certificate.criterion import MIN_SENTENCES, clopper_pearson
 
 TOKENS = 100
 
@@ -38,13 +38,13 @@ def candidate(
 
 def found(tokens: int, agreeing: int, sentences: int) -> dict[str, Any]:
     whole = sentences * 58 // 64
-    whole = whole if sentences >= LEAST_SENTENCES else sentences // 2
+    whole = whole if sentences >= MIN_SENTENCES else sentences // 2
     return {
         "tokens": tokens,
         "agreeing": agreeing,
         "sentences": sentences,
         "agreeing_sentences": whole,
-        "interval": clopper_pearson(whole, sentences) if sentences >= LEAST_SENTENCES else None,
+        "interval": clopper_pearson(whole, sentences) if sentences >= MIN_SENTENCES else None,
         "share": tokens / TOKENS,
         "agreement": agreeing / tokens if tokens else None,
         "sentence_agreement": whole / sentences if sentences else None,

@@ -8,10 +8,11 @@ from typing import Any
 
 from synthetic_run import STAGES
 
-from ksl_ds.commands.entries import Entry
-from ksl_ds.files import write_text
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.report.tracking import hardware_and_versions, write_json
+from ksl_ds.comparison.entries import Entry
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
+from ksl_ds.files import write_json, write_text
 from ksl_ds.text.scores import score, write_translations
 
 SOURCES = [f"You can open document {number} in the <b>menu</b> of window {number * 7}." for number in range(40)]

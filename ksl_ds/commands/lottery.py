@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ksl_ds.commands.stages import token_frequency, tune_embedding, tune_ticket
-from ksl_ds.commands.summary import show_stages, summarise
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import explain_empty
-from ksl_ds.recipe import Recipe
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.training.evaluate import evaluate_stage, score_copying
+from ksl_ds.training.evaluation import evaluate_stage, score_copying
 from ksl_ds.training.run import open_run
+from ksl_ds.training.stages import token_frequency, tune_embedding, tune_ticket
+from ksl_ds.training.summary import show_stages, summarise
 
 
 def run(recipe: Recipe) -> None:

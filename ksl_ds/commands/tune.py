@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ksl_ds.commands.stages import load_ticket, tune_adapter, tune_all, tune_embedding, tune_ticket
-from ksl_ds.commands.summary import show_stages
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.training.evaluate import score_copying
+from ksl_ds.training.evaluation import score_copying
 from ksl_ds.training.run import open_run
+from ksl_ds.training.stages import load_ticket, tune_adapter, tune_all, tune_embedding, tune_ticket
+from ksl_ds.training.summary import show_stages
 
 
 def run(recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ksl_ds.lottery.buckets import bucket_counts
 from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
-from ksl_ds.lottery.pvalues import Method, critical_count, pvalues
+from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
 from ksl_ds.lottery.sorting import reach_two, sorted_counts
 
 __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalues", "row_counts"]
@@ -57,7 +57,7 @@ class KSResult(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as in scipy's own results
 
 
-def ks_2samp(before: Tensor, after: Tensor, *, method: Method = "exact") -> KSResult:
+def ks_2samp(before: Tensor, after: Tensor, *, method: PValueMethod = "exact") -> KSResult:
     """Two-sided two-sample Kolmogorov-Smirnov test along the last axis.
 
     Parameters
@@ -376,7 +376,7 @@ def _blocks_of_two_sizes(before_RN: Tensor, after_RM: Tensor) -> Tensor:
     return counts_R
 
 
-def _pvalues_of_two_sizes(before_RN: Tensor, after_RM: Tensor, count_R: Tensor, method: Method) -> Tensor:
+def _pvalues_of_two_sizes(before_RN: Tensor, after_RM: Tensor, count_R: Tensor, method: PValueMethod) -> Tensor:
     """scipy's p-values: it is asked once for every count that occurs, with a row that has it."""
     from scipy.stats import ks_2samp as scipy_ks_2samp
 

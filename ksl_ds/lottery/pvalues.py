@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Method = Literal["exact", "asymp"]
+PValueMethod = Literal["exact", "asymp"]
 
 
-def pvalues(count: Tensor, num_samples: int, method: Method = "exact") -> Tensor:
+def pvalues(count: Tensor, num_samples: int, method: PValueMethod = "exact") -> Tensor:
     """p-values of counts: P(D >= k / d) under the null hypothesis.
 
     Parameters
@@ -62,7 +62,7 @@ def pvalues(count: Tensor, num_samples: int, method: Method = "exact") -> Tensor
     return pvalue_N.to(count.device)
 
 
-def critical_count(num_samples: int, alpha: float, method: Method = "exact") -> int:
+def critical_count(num_samples: int, alpha: float, method: PValueMethod = "exact") -> int:
     """The smallest count k with p < alpha: a test at level alpha rejects when its count reaches it.
 
     Parameters

@@ -11,20 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ksl_ds.lottery.pvalues import Method, critical_count, pvalues
+from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
 
 
-def select_alpha(count_V: Tensor, num_samples: int, alpha: float, method: Method = "exact") -> Tensor:
+def select_alpha(count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact") -> Tensor:
     """The method's own rule: tokens with p < alpha."""
     return (count_V >= critical_count(num_samples, alpha, method)).nonzero().flatten()
 
 
-def select_bonferroni(count_V: Tensor, num_samples: int, alpha: float, method: Method = "exact") -> Tensor:
+def select_bonferroni(count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact") -> Tensor:
     """Tokens with p < alpha / V: the chance of any wrong one is below alpha."""
     return select_alpha(count_V, num_samples, alpha / len(count_V), method)
 
 
-def select_benjamini_hochberg(count_V: Tensor, num_samples: int, alpha: float, method: Method = "exact") -> Tensor:
+def select_benjamini_hochberg(
+    count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact"
+) -> Tensor:
     """Benjamini and Hochberg's step-up rule (1995): the expected share of wrong tokens is at most alpha.
 
     Sorted ascending, p_(1) .. p_(V): all tokens up to the last i with p_(i) <= i * alpha / V.

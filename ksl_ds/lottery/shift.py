@@ -21,7 +21,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.files import write_bytes
 from ksl_ds.lottery import selection as select
 from ksl_ds.lottery.ks import row_counts
-from ksl_ds.lottery.pvalues import Method, critical_count, pvalues
+from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
 
 SELECTIONS = (
     "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio",
@@ -126,7 +126,7 @@ def choose_rows(
     *,
     selection: str = "alpha",
     alpha: float = 0.05,
-    method: Method = "exact",
+    method: PValueMethod = "exact",
     top_k: int = 18,
     seed: int = 0,
     frequency_V: Tensor | None = None,
@@ -159,7 +159,7 @@ def choose_rows(
     return select.select_top_k(shift.count_V, top_k)
 
 
-def explain_empty(shift: Shift, alpha: float, method: Method = "exact") -> str:
+def explain_empty(shift: Shift, alpha: float, method: PValueMethod = "exact") -> str:
     """Why no row was drawn at `alpha`, and what to change."""
     num_samples, largest = shift.num_samples, int(shift.count_V.max())
     pvalue = float(pvalues(torch.tensor(largest), num_samples, method))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksl_ds.lottery.pvalues import Method, pvalues
+from ksl_ds.lottery.pvalues import PValueMethod, pvalues
 from ksl_ds.lottery.shift import Shift, choose_rows, dtype_name, explain_empty, measure_shift
 from ksl_ds.lottery.ticket_files import read_ticket, tensor_sha256, write_ticket
 
@@ -68,7 +68,7 @@ class Ticket:
     shift_ratio: list[float]
     alpha: float
     selection: str
-    method: Method
+    method: PValueMethod
     num_samples: int
     vocab_size: int
     embedding_scope: str
@@ -266,7 +266,7 @@ def make_ticket(
     *,
     selection: str,
     alpha: float,
-    method: Method,
+    method: PValueMethod,
     tokens: Sequence[str] | None = None,
     embedding_scope: str = "input",
     source: dict[str, Any] | None = None,
@@ -311,7 +311,7 @@ def draw_ticket(
     *,
     alpha: float = 0.05,
     selection: str = "alpha",
-    method: Method = "exact",
+    method: PValueMethod = "exact",
     top_k: int = 18,
     seed: int = 0,
     frequency: Tensor | None = None,

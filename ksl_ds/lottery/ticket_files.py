@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ksl_ds.errors import UserError
-from ksl_ds.files import Count, Record, checked, read_json, sync
-from ksl_ds.lottery.pvalues import Method
+from ksl_ds.files import Count, Record, atomic_folder, checked, read_json
+from ksl_ds.lottery.pvalues import PValueMethod
 
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 TICKET_JSON, KS_TENSORS = "ticket.json", "ks.safetensors"
@@ -59,7 +55,7 @@ class _TicketRecord(Record):
     shift_ratio: list[Annotated[float, Field(ge=0, le=torch.finfo(torch.float32).max)]]
     alpha: Annotated[float, Field(gt=0, lt=1)]
     selection: str
-    method: Method
+    method: PValueMethod
     num_samples: Annotated[Count, Field(ge=1)]
     vocab_size: Count
     embedding_scope: Literal["input", "shared"]
@@ -86,36 +82,6 @@ class _TicketRecord(Record):
         return self
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well and vanishes when it does not.
-
-    An existing `target` stays as it is until the new one is complete on disk; it is then moved aside and removed.
-    """
-    target = Path(target).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        yield draft
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
-        aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-        if target.exists():
-            target.rename(aside)
-        try:
-            draft.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-        sync(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's values as they lie in memory, in its own dtype."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -138,7 +104,7 @@ def write_ticket(
     rows_KD, base_rows_KD = rows_KD.cpu().contiguous(), base_rows_KD.cpu().contiguous()
     # A tied head gets the same rows under its own name, as PEFT itself writes them: without it PEFT warns.
     adapter = {f"base_model.model.{name}.trainable_tokens_delta": rows_KD.clone() for name in module_names}
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         # Not by save_file, which has an error of its own for a full disk.
         (draft / ADAPTER_MODEL).write_bytes(safetensors.torch.save(adapter, metadata={"format": "pt"}))
         ks = {"count": count_V.cpu().contiguous(), "base_rows": base_rows_KD}

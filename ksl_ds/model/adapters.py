@@ -18,12 +18,11 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ksl_ds import distributed
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.files import reason
-from ksl_ds.lottery.ticket_files import whole_folder
+from ksl_ds.files import atomic_folder, reason
 from ksl_ds.model.dry_run import first_line, meta_model
-from ksl_ds.recipe import Recipe
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import TORCH_DTYPE
 
 ADAPTERS = ("lora", "prefix")  # of the recipe's `method`
@@ -132,13 +131,13 @@ def save_adapter(model: Any, out: Path) -> None:
     partitioned = [parameter for parameter in trained if hasattr(parameter, "ds_id")]
     message = None
     with deepspeed.zero.GatheredParameters(partitioned):
-        if cluster.is_main():
+        if distributed.is_rank0():
             try:
-                with whole_folder(out) as draft:
+                with atomic_folder(out) as draft:
                     model.save_pretrained(str(draft), save_embedding_layers=False)
             except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
                 message = f"{out} could not be written: {reason(error)}"
-    cluster.raise_together(message)
+    distributed.raise_if_any_rank(message)
 
 
 class _AnyScalar(TorchDispatchMode):

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError
-from ksl_ds.files import reason
-from ksl_ds.lottery.ticket_files import whole_folder
-from ksl_ds.model.shards import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
+from ksl_ds.files import atomic_folder, reason
+from ksl_ds.model.safetensors_io import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 SIDE_FOLDER = "additional_chat_templates"
@@ -537,7 +536,7 @@ def _write(
     shard_of = {name: new_name_of[shard] for name, shard in base.shard_of.items()}
     shard_of |= {name: new_name_of[name] for name in added}
     try:
-        with whole_folder(out) as draft:
+        with atomic_folder(out) as draft:
             for shard in shards:
                 changed = any(shard_of.get(name) == new_name_of[shard] for name in patches)
                 link_or_copy(base.path / shard, draft / new_name_of[shard], link=not changed)
@@ -576,3 +575,16 @@ def _copy_side_files(source: Path, target: Path, config_updates: dict[str, Any])
             if isinstance(section, dict):
                 section.update(config_updates)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_same_model(before: ModelFolder, after: ModelFolder) -> None:
+    """Raises UserError unless the two folders hold one model at two times."""
+    shapes = [folder.shape(folder.embedding_name) for folder in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{before.path} has an embedding of shape {shapes[0]} and {after.path} one of {shapes[1]}; "
+            "only two checkpoints of one model can be compared"
+        )
+    vocabularies = [folder.tokenizer().get_vocab() for folder in (before, after)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(f"{before.path} and {after.path} have different tokenizers; their tokens cannot be compared")

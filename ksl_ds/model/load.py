@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ksl_ds import distributed
+from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.model.adapters import enable_checkpointing
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
-from ksl_ds.recipe import Model, Recipe
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
 
 WORDS_AT_ONCE = 1 << 16
@@ -27,12 +27,12 @@ WORDS_AT_ONCE = 1 << 16
 
 def open_folder(recipe: Model) -> ModelFolder:
     """The model's folder on this host; a Hub model is fetched once per host."""
-    with cluster.together():
-        if cluster.is_first_on_host():
+    with distributed.raise_on_all_ranks():
+        if distributed.is_local_rank0():
             local_folder(recipe.path, recipe.revision)
     if recipe.trust_remote_code:
-        cluster.say(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
-    with cluster.together():
+        distributed.say(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
+    with distributed.raise_on_all_ranks():
         return open_model(recipe.path, recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
@@ -69,7 +69,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     )
     del zero_config
     if stage_of(config) < 3:
-        model.to(cluster.device())
+        model.to(distributed.device())
     missing = set(info["missing_keys"])
     if untie:
         head = next(name for name, value in model.named_parameters() if value is model.get_output_embeddings().weight)
@@ -112,7 +112,7 @@ def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
     """
     name = differing_weight(model, folder)
     failure = f"{folder.path}: {name} differs from the checkpoint after loading; report this library mismatch"
-    cluster.raise_together(failure if name else None)
+    distributed.raise_if_any_rank(failure if name else None)
 
 
 def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:
@@ -137,7 +137,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     changes, not forgeries.
     """
     sums = {name: _word_sums(*_local_part(parameter)) for name, parameter in model.named_parameters()}
-    sums_of_ranks = cluster.gather_objects(sums)
+    sums_of_ranks = distributed.gather_objects(sums)
     digests = {}
     for name, parameter in model.named_parameters():
         shape = "x".join(map(str, getattr(parameter, "ds_shape", parameter.shape)))
@@ -169,6 +169,6 @@ def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
         part = parameter.ds_tensor.detach()
         return part[: max(0, min(size, parameter.ds_numel - start))], start
-    size = -(-parameter.numel() // cluster.world_size())
-    start = min(size * cluster.rank(), parameter.numel())
+    size = -(-parameter.numel() // distributed.world_size())
+    start = min(size * distributed.rank(), parameter.numel())
     return parameter.detach().flatten()[start : start + size], start

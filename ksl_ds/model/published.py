@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ksl_ds.config.schema import PACKAGE_DIR
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import largest_id
-from ksl_ds.recipe import PACKAGE_DIR
 
 
 def published_ids(direction: str) -> list[int]:

@@ -22,12 +22,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ksl_ds import __version__
+from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.files import write_text
-from ksl_ds.recipe import Recipe
 from ksl_ds.report.page import PAGE, PARTS, STYLE
 from ksl_ds.report.plots import svg
 from ksl_ds.report.tables import Column, Table, in_order, memory, stage_name, stage_table, ticket_table
-from ksl_ds.report.tracking import hardware_and_versions
 
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ksl_ds.sharding import cluster
+from ksl_ds import distributed
 
 DASH = "–"
 FILE_WIDTH = 100  # at least, when the output is not a terminal
@@ -61,7 +61,7 @@ class Table:
 
 def print_table(table: Table, file: TextIO | None = None) -> None:
     """Prints the table and its notes on rank 0, to standard output unless told otherwise."""
-    if not cluster.is_main():
+    if not distributed.is_rank0():
         return
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"

@@ -13,50 +13,30 @@ Choices and what they cost:
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import io
 import json
-import math
 import netrc
 import os
-import platform
 import re
 import secrets
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-import torch
-
+from ksl_ds import distributed
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.files import write_text
-from ksl_ds.recipe import Recipe
+from ksl_ds.files import clean, write_text
 from ksl_ds.report.records import read_metrics
-from ksl_ds.sharding import cluster
 
 Answer = TypeVar("Answer")
-
 PROBE_SECONDS = 5.0  # for the server to answer at all
 START_SECONDS = 60.0  # for wandb to begin a run
 FINISH_SECONDS = 120.0  # for the last uploads; what is missing stays on disk, `wandb sync` sends it
-VERSIONS_OF = (
-    "ksl_ds",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "datasets",
-    "numpy",
-    "scipy",
-    "sacrebleu",
-    "wandb",
-)
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # never printed, not even inside an error message
 
 
@@ -71,14 +51,14 @@ class Tracker:
         self._file: Any = None
         self._wandb: Any = None
         self._stages: set[str] = set()
-        if cluster.is_main():
+        if distributed.is_rank0():
             with self._file_may_fail():
                 self._file = self._path.open("a", encoding="utf-8")
             self._wandb = start_wandb(Path(run_dir), recipe)
 
     def log(self, stage: str, step: int, **numbers: Any) -> None:
         """One line of metrics.jsonl: stage, step, time (seconds since 1970) and `numbers`; to wandb as `stage/name`."""
-        if not cluster.is_main():
+        if not distributed.is_rank0():
             return
         numbers = clean(numbers)
         if self._file is not None:
@@ -142,7 +122,7 @@ class Tracker:
         except (OSError, UserError) as error:
             self._file = None
             reason = getattr(error, "strerror", None) or error
-            cluster.say(f"warning: {self._path} cannot be written ({reason}); it ends here, the run goes on")
+            distributed.say(f"warning: {self._path} cannot be written ({reason}); it ends here, the run goes on")
 
     @contextmanager
     def _wandb_may_fail(self) -> Iterator[None]:
@@ -150,7 +130,7 @@ class Tracker:
             yield
         except Exception as error:  # whatever wandb raises, the training is worth more than its tracking
             self._wandb = None
-            cluster.say(f"warning: wandb stopped ({brief(error)}); the run goes on, metrics.jsonl has every number")
+            distributed.say(f"warning: wandb stopped ({brief(error)}); the run goes on, metrics.jsonl has every number")
 
 
 def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
@@ -174,14 +154,14 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
                 reason = brief(error)
         run = run or within(START_SECONDS, lambda: _start_offline(run_dir, recipe, run_id, tried_online=bool(reason)))
     except Exception as error:  # no disk, a broken installation: the run is worth more than its tracking
-        cluster.say(f"warning: no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
+        distributed.say(f"warning: no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
         return None
     if run.offline:
-        cluster.say(
+        distributed.say(
             f"wandb: offline{reason and f' ({reason})'}; upload with `wandb sync {run_dir / 'wandb' / 'offline-run-*'}`"
         )
     else:
-        cluster.say(f"wandb: {run.url}")
+        distributed.say(f"wandb: {run.url}")
     return run
 
 
@@ -304,60 +284,3 @@ def brief(error: BaseException) -> str:
     for secret in filter(None, map(os.environ.get, SECRETS)):
         text = text.replace(secret, "***")
     return text if len(text) <= 200 else text[:199] + "…"
-
-
-def clean(value: Any) -> Any:
-    """`value` as JSON can hold it: dataclasses as dicts, arrays as lists, paths as text, NaN and infinities as None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(name): clean(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    return clean(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes sorted, indented JSON, whole or not at all; see `clean` for what becomes of values. Raises UserError."""
-    text = json.dumps(clean(content), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def hardware_and_versions() -> dict[str, Any]:
-    """What a run ran on: versions of the libraries, processor, accelerator, ranks, git commit. No host or user name."""
-    versions = {}
-    for name in VERSIONS_OF:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus_of_a_host": gpus,
-        "ranks": cluster.world_size(),
-        "git_commit": _git_commit(),
-    }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    """The commit checked out in the working directory, with `-dirty` where tracked files differ from it."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return found.stdout.strip() or None
-    return None

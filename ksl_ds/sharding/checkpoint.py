@@ -12,7 +12,6 @@ kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,12 +24,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from ksl_ds import distributed
 from ksl_ds.errors import UserError
-from ksl_ds.files import Count, Record, checked, read_json, sync, write_text
-from ksl_ds.sharding import cluster
+from ksl_ds.files import Count, Record, checked, file_sha256, read_json, sync, write_text
 
 STATE, MANIFEST = "state.json", "manifest.json"
-READ_AT_ONCE = 1 << 24
 
 
 class TrainingState(Protocol):
@@ -83,16 +81,16 @@ class Checkpoints:
         digests: dict[str, Any] = {}
         try:
             written = training.save(draft)  # first, since it is collective: whoever fails below leaves nobody waiting
-            written.append(draft / f"rank-{cluster.rank():05d}.safetensors")
+            written.append(draft / f"rank-{distributed.rank():05d}.safetensors")
             safetensors.torch.save_file(_generators(), written[-1])
             for path in written:
                 digests[str(path.relative_to(draft))] = [path.stat().st_size, file_sha256(path)]
                 sync(path)
         except (OSError, SafetensorError) as error:
             failure = self._cannot(step, error)
-        cluster.raise_together(failure)
-        digests_of_ranks = cluster.gather_objects(digests)
-        state = {**state, "step": step, "world_size": cluster.world_size()}
+        distributed.raise_if_any_rank(failure)
+        digests_of_ranks = distributed.gather_objects(digests)
+        state = {**state, "step": step, "world_size": distributed.world_size()}
         self._on_main(step, lambda: self._publish(draft, step, state, digests_of_ranks))
 
     def load(self, training: TrainingState) -> dict[str, Any] | None:
@@ -105,32 +103,32 @@ class Checkpoints:
         UserError
             On every rank, where it was written by another number of ranks and cannot be dealt out anew.
         """
-        for folder in cluster.from_main(self._newest_first()):
+        for folder in distributed.broadcast_from_rank0(self._newest_first()):
             damage = self._damage(folder)
             if damage is not None:
-                cluster.say(f"warning: checkpoint {folder} is damaged ({damage}); the one before is taken")
+                distributed.say(f"warning: checkpoint {folder} is damaged ({damage}); the one before is taken")
                 continue
             state = read_json(folder / STATE)
             check_ranks(folder, state["world_size"], training.any_world_size)
             training.load(folder)
-            if state["world_size"] == cluster.world_size():
-                _set_generators(safetensors.torch.load_file(folder / f"rank-{cluster.rank():05d}.safetensors"))
+            if state["world_size"] == distributed.world_size():
+                _set_generators(safetensors.torch.load_file(folder / f"rank-{distributed.rank():05d}.safetensors"))
             return state
         return None
 
     def check_newest(self, any_world_size: bool) -> None:
         """Raises UserError where the newest checkpoint needs another number of ranks; damage is for `load` to find."""
         for folder in self._newest_first()[:1]:
-            ranks = cluster.world_size()
+            ranks = distributed.world_size()
             with suppress(OSError, ValueError, KeyError, TypeError):
                 ranks = read_json(folder / STATE)["world_size"]
             check_ranks(folder, ranks, any_world_size)
 
     def remove(self) -> None:
         """Removes all of them: the training is over and what it left is saved elsewhere."""
-        if cluster.is_main():
+        if distributed.is_rank0():
             shutil.rmtree(self.folder, ignore_errors=True)
-        cluster.barrier()
+        distributed.barrier()
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
@@ -144,7 +142,7 @@ class Checkpoints:
             except OSError as error:
                 raise UserError(self._cannot(step, error)) from None
 
-        cluster.on_main(guarded)
+        distributed.run_on_rank0(guarded)
 
     def _make_room(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,8 +152,8 @@ class Checkpoints:
 
     def _check_space(self, step: int, training: TrainingState) -> None:
         """So that in all but rare cases nobody runs out of disk in the midst of DeepSpeed's own saving."""
-        needed = sum(cluster.gather_objects(training.bytes_of_rank()))
-        with cluster.together():
+        needed = sum(distributed.gather_objects(training.bytes_of_rank()))
+        with distributed.raise_on_all_ranks():
             if not self.folder.is_dir():
                 raise UserError(
                     f"{self.folder} is not there on every host: run_dir must be on a file system that all see"
@@ -196,7 +194,7 @@ class Checkpoints:
         found = None
         try:
             digests = read_json(folder / MANIFEST)
-            for name in sorted(digests)[cluster.rank() :: cluster.world_size()]:
+            for name in sorted(digests)[distributed.rank() :: distributed.world_size()]:
                 size, digest = digests[name]
                 if (folder / name).stat().st_size != size:
                     found = f"{name} is truncated"
@@ -213,25 +211,16 @@ class Checkpoints:
             found = str(error)
         except (ValueError, TypeError, AttributeError):
             found = f"{MANIFEST} is broken"
-        return next(filter(None, cluster.gather_objects(found)), None)
+        return next(filter(None, distributed.gather_objects(found)), None)
 
 
 def check_ranks(folder: Path, ranks: int, any_world_size: bool) -> None:
     """Raises UserError where a checkpoint that so many ranks wrote cannot be loaded by the ranks there are."""
-    if ranks != cluster.world_size() and not any_world_size:
+    if ranks != distributed.world_size() and not any_world_size:
         raise UserError(
             f"checkpoint {folder} was written by {ranks} ranks, and DeepSpeed cannot deal it out to "
-            f"{cluster.world_size()}; start {ranks} ranks (only partial_tuning.mode=rows can change their number)"
+            f"{distributed.world_size()}; start {ranks} ranks (only partial_tuning.mode=rows can change their number)"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read block by block."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _generators() -> dict[str, torch.Tensor]:

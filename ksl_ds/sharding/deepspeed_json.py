@@ -24,8 +24,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, Field, ValidationError
 
+from ksl_ds.config.load import shipped_hint
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import shipped_hint
 
 # What the recipe decides, and the key of the recipe that decides it.
 OWNED_BY_RECIPE = {

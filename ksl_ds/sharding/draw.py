@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ksl_ds import distributed
+from ksl_ds.config.schema import Draw
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, make_ticket, measure_shift
-from ksl_ds.recipe import Draw
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.rows import RowShard, Traffic
 
 
@@ -48,7 +48,7 @@ def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -
         except ValueError as error:
             message = f"embedding after tuning: {error}"
             break
-    cluster.raise_together(message)
+    distributed.raise_if_any_rank(message)
     own = Shift(count_R, norm_R, ratio_R, shard.row_length, "float32")
     return gather_shift(own, shard.start, shard.num_rows, shard.traffic, lengths=lengths)
 
@@ -63,7 +63,7 @@ def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic, *, len
     """
 
     def everywhere(values_R: Tensor) -> Tensor:
-        values_V = torch.zeros(num_rows, dtype=values_R.dtype, device=cluster.device())
+        values_V = torch.zeros(num_rows, dtype=values_R.dtype, device=distributed.device())
         values_V[start : start + len(values_R)] = values_R.to(values_V.device)
         return traffic.all_reduce(values_V).cpu()
 
@@ -73,7 +73,7 @@ def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic, *, len
         norm_V, ratio_V = everywhere(own.shift_norm_V), everywhere(own.shift_ratio_V)
     digest = hashlib.sha256(b"".join(vector.numpy().tobytes() for vector in (count_V, norm_V, ratio_V))).digest()
     least, most = (
-        traffic.all_reduce(torch.tensor(list(digest), dtype=torch.int32, device=cluster.device()), op)
+        traffic.all_reduce(torch.tensor(list(digest), dtype=torch.int32, device=distributed.device()), op)
         for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)
     )
     if not torch.equal(least, most):
@@ -132,7 +132,7 @@ def before_rows(shard: RowShard, before_RD: Tensor, ids_K: Tensor) -> Tensor:
     rows_KD = torch.zeros(len(ids_K), shard.row_length, dtype=torch.int32)
     mine_K = (ids_K >= shard.start) & (ids_K < shard.stop)
     rows_KD[mine_K] = before_RD[ids_K[mine_K] - shard.start].view(torch.int32)
-    return shard.traffic.all_reduce(rows_KD.to(cluster.device())).cpu().view(torch.float32)
+    return shard.traffic.all_reduce(rows_KD.to(distributed.device())).cpu().view(torch.float32)
 
 
 class DrawMonitor:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ksl_ds import distributed
+from ksl_ds.config.load import shipped_file
+from ksl_ds.config.schema import Recipe, Tuning
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe, Tuning, shipped_file
-from ksl_ds.sharding import cluster
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -70,7 +71,7 @@ def check_precision(precision: str) -> None:
     """Raises UserError where this rank's device cannot train in `precision`. Does not communicate."""
     from deepspeed.accelerator import get_accelerator
 
-    device = cluster.device()
+    device = distributed.device()
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         where = "no GPU is seen, and this CPU does" if device.type == "cpu" else f"{device} does"
         raise UserError(f"{where} not train in fp16; use training.precision=fp32 or bf16")
@@ -81,7 +82,7 @@ def check_precision(precision: str) -> None:
 
 def accumulation_steps(recipe: Recipe) -> int:
     """Micro-batches that each rank runs for one optimizer step."""
-    return -(-recipe.training.batch_size // (recipe.training.micro_batch_size * cluster.world_size()))
+    return -(-recipe.training.batch_size // (recipe.training.micro_batch_size * distributed.world_size()))
 
 
 def stage_of(config: dict[str, Any]) -> int:
@@ -110,7 +111,7 @@ def training_engine(
     try:
         yield engine
     finally:
-        dismantle(engine)
+        destroy_engine(engine)
 
 
 @contextmanager
@@ -123,10 +124,10 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Mo
     try:
         yield engine.module
     finally:
-        dismantle(engine)
+        destroy_engine(engine)
 
 
-def dismantle(engine: Any) -> None:
+def destroy_engine(engine: Any) -> None:
     """Frees an engine's hooks, gradients and optimizer states; the model's own weights stay."""
     for parameter in engine.module.parameters():
         parameter.grad = None
@@ -146,7 +147,7 @@ def dismantle(engine: Any) -> None:
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
+def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Every rank holds the whole model inside the block, for many cheap forward passes; between engines only."""
     import deepspeed
 
@@ -156,7 +157,7 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def quiet_libraries(verbose: bool) -> None:
+def set_library_verbosity(verbose: bool) -> None:
     """Silences what DeepSpeed, transformers, datasets and wandb log, unless asked for."""
     if verbose:
         return

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ksl_ds import distributed
 from ksl_ds.errors import UserError
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, travelling, whole_rows, zero3_parts
 from ksl_ds.sharding.masters import hidden_master
 
@@ -40,21 +40,21 @@ class Traffic:
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Reduces in place over all ranks and returns the tensor."""
-        size = 2 * (cluster.world_size() - 1) * tensor.nbytes // cluster.world_size()
+        size = 2 * (distributed.world_size() - 1) * tensor.nbytes // distributed.world_size()
         self.sent += size
         self.received += size
-        return cluster.all_reduce(tensor, op)
+        return distributed.all_reduce(tensor, op)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Fills the tensor with that of rank `source`."""
-        if cluster.world_size() > 1:
+        if distributed.world_size() > 1:
             dist.broadcast(tensor, source)
-            self.sent += tensor.nbytes if source == cluster.rank() else 0
-            self.received += tensor.nbytes if source != cluster.rank() else 0
+            self.sent += tensor.nbytes if source == distributed.rank() else 0
+            self.received += tensor.nbytes if source != distributed.rank() else 0
 
     def exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, int]) -> dict[int, Tensor]:
         """Sends pieces to ranks and returns those of the given sizes from others, all flat and float32."""
-        device = cluster.device()
+        device = distributed.device()
         sends = {rank: piece.to(device, torch.float32).contiguous() for rank, piece in outgoing.items()}
         received = {rank: torch.empty(size, dtype=torch.float32, device=device) for rank, size in incoming.items()}
         operations = [dist.P2POp(dist.isend, piece, rank) for rank, piece in sends.items()]
@@ -120,7 +120,7 @@ class RowShard:
     def __init__(self, parameter: nn.Parameter):
         self._parameter: Any = parameter  # DeepSpeed adds attributes to it
         # A collective of all ranks, which NCCL needs before two of them may talk alone.
-        cluster.raise_together(unsupported(parameter))
+        distributed.raise_if_any_rank(unsupported(parameter))
         shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
         self.num_rows, self.row_length = shape
         self.dtype: torch.dtype = parameter.dtype
@@ -128,8 +128,8 @@ class RowShard:
         if hasattr(parameter, "ds_tensor"):
             self._rows = owned_rows(self._zero3_parts(), self.num_rows, self.row_length)
         else:
-            self._rows = even_rows(self.num_rows, cluster.world_size())
-        self.start, self.stop = self._rows[cluster.rank()]
+            self._rows = even_rows(self.num_rows, distributed.world_size())
+        self.start, self.stop = self._rows[distributed.rank()]
 
     def read(self) -> Tensor:
         """A copy of this rank's whole rows, float32 (R, D), in host memory."""
@@ -164,7 +164,7 @@ class RowShard:
         for broken in (Span(own.start, min(whole.start, own.stop)), Span(max(whole.stop, own.start), own.stop)):
             for rows in blocks_of(broken, num_rows):
                 wanted = self._elements(rows)
-                values = torch.empty(wanted.size, dtype=torch.float32, device=cluster.device())
+                values = torch.empty(wanted.size, dtype=torch.float32, device=distributed.device())
                 for span, piece in found:
                     cut(values, wanted, span & wanted).copy_(cut(piece, span, span & wanted))
                 yield rows.start, values.view(-1, self.row_length)
@@ -175,7 +175,7 @@ class RowShard:
             self._write_everywhere(rows_RD)
             return
         parts = self._zero3_parts()
-        held, own = parts[cluster.rank()], self._elements(Span(self.start, self.stop))
+        held, own = parts[distributed.rank()], self._elements(Span(self.start, self.stop))
         flat_rows, flat = rows_RD.flatten(), torch.empty(held.size)
         cut(flat, held, held & own).copy_(cut(flat_rows, own, held & own))
         # The way that rows are read, backwards.
@@ -194,8 +194,8 @@ class RowShard:
         copies = self._copies()
         for owner, rows_of_owner in enumerate(self._rows):
             for rows in blocks_of(rows_of_owner, self.rows_of_a_block()):
-                block_BD = torch.empty(rows.size, self.row_length, device=cluster.device())
-                if owner == cluster.rank():
+                block_BD = torch.empty(rows.size, self.row_length, device=distributed.device())
+                if owner == distributed.rank():
                     block_BD.copy_(rows_RD[rows.start - self.start : rows.stop - self.start])
                 self.traffic.broadcast(block_BD, owner)
                 store(block_BD.flatten(), self._elements(rows), copies)
@@ -207,7 +207,7 @@ class RowShard:
             weight_VD = master_part(self._parameter)[0].view(self.num_rows, self.row_length)
             return weight_VD[ids.to(weight_VD.device)].to("cpu", torch.float32, copy=True)
         flat, held = self._local(parts)
-        rows_KD = torch.zeros(len(ids), self.row_length, device=cluster.device())
+        rows_KD = torch.zeros(len(ids), self.row_length, device=distributed.device())
         for place, row in enumerate(map(self._row, ids.tolist())):
             cut(rows_KD[place], row, row & held).copy_(cut(flat, held, row & held))
         # Summed as integers, of which all but one are 0: a float -0.0 would not survive the addition.
@@ -223,7 +223,7 @@ class RowShard:
     def held(self) -> Span:
         """The elements of the flattened matrix whose authoritative values lie on this rank."""
         parts = self._parts()
-        return Span(0, self.num_rows * self.row_length) if parts is None else parts[cluster.rank()]
+        return Span(0, self.num_rows * self.row_length) if parts is None else parts[distributed.rank()]
 
     def _parts(self) -> list[Span] | None:
         """The span of the authoritative values on each rank; None where every rank has all."""
@@ -234,7 +234,7 @@ class RowShard:
         if mapping is not None:
             start = mapping.lp_fragment_address.start
             here = (start, start + mapping.hp_fragment.numel())
-        spans = cluster.gather_objects(here)
+        spans = distributed.gather_objects(here)
         if all(span is None for span in spans):
             return None
         # A rank whose part of the optimizer holds none of this parameter has an empty span in its place.
@@ -245,17 +245,17 @@ class RowShard:
         return parts
 
     def _zero3_parts(self) -> list[Span]:
-        return zero3_parts(self._parameter.ds_numel, self._parameter.ds_tensor.ds_numel, cluster.world_size())
+        return zero3_parts(self._parameter.ds_numel, self._parameter.ds_tensor.ds_numel, distributed.world_size())
 
     def _local(self, parts: list[Span]) -> tuple[Tensor, Span]:
-        held = parts[cluster.rank()]
+        held = parts[distributed.rank()]
         return master_part(self._parameter)[0][: held.size], held
 
     def _moves(self, parts: list[Span]) -> tuple[dict[int, Span], dict[int, Span]]:
         """Elements that lie here and belong to rows of other ranks, by owner; and of our rows with others, by holder."""
         moves = travelling(parts, self._rows, self.row_length)
-        mine = {owner: span for (holder, owner), span in moves.items() if holder == cluster.rank()}
-        theirs = {holder: span for (holder, owner), span in moves.items() if owner == cluster.rank()}
+        mine = {owner: span for (holder, owner), span in moves.items() if holder == distributed.rank()}
+        theirs = {holder: span for (holder, owner), span in moves.items() if owner == distributed.rank()}
         return mine, theirs
 
     def _copies(self) -> list[tuple[Tensor, Span]]:
@@ -303,7 +303,7 @@ def unsupported(parameter: Any) -> str | None:
         return None
     features = {
         "hpZ (zero_hpz_partition_size)": parameter.ds_zero_param_process_group is not None,
-        "MiCS (mics_shard_size)": dist.get_world_size(parameter.ds_process_group) != cluster.world_size(),
+        "MiCS (mics_shard_size)": dist.get_world_size(parameter.ds_process_group) != distributed.world_size(),
         "offloading of parameters to NVMe": parameter.nvme_swapper is not None,
     }
     used = [name for name, is_used in features.items() if is_used]

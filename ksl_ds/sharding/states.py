@@ -21,8 +21,8 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ksl_ds import distributed
 from ksl_ds.errors import UserError
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.rows import RowShard
 
 ENGINE_FOLDER, MATRIX_FILE = "deepspeed", "rows.safetensors"
@@ -72,14 +72,14 @@ def _refuse_code(folder: Path) -> None:
     """Raises UserError on every rank where a pickle in `folder` names anything but data; each rank looks at its share."""
     allowed = {f"{known.__module__}.{known.__qualname__}" for known in _deepspeed_classes()}
     message = None
-    for path in sorted(folder.rglob("*.pt"))[cluster.rank() :: cluster.world_size()]:
+    for path in sorted(folder.rglob("*.pt"))[distributed.rank() :: distributed.world_size()]:
         try:
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
         except ValueError:  # a bare pickle
             named = {"unknown code"}
         if named:
             message = f"{path} is no checkpoint of ours: loading it would run {min(named)}; delete {folder}"
-    cluster.raise_together(message)
+    distributed.raise_if_any_rank(message)
 
 
 class EngineState:
@@ -93,7 +93,7 @@ class EngineState:
     def bytes_of_rank(self) -> int:
         moments = sum(moment.nbytes for moment in optimizer_tensors(self._engine))
         weights = 0
-        if cluster.is_main():  # it alone writes weights that are not partitioned
+        if distributed.is_rank0():  # it alone writes weights that are not partitioned
             trained = [weight for weight in self._engine.module.parameters() if weight.requires_grad]
             weights = sum(weight.nbytes for weight in trained if not hasattr(weight, "ds_id"))
         return moments * 3 // 2 + weights + (1 << 20)  # two moments, and the masters
@@ -134,7 +134,7 @@ class MatrixState:
         self._shape = (self._shard.num_rows, self._shard.row_length)
 
     def bytes_of_rank(self) -> int:
-        return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if cluster.is_main() else 0
+        return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if distributed.is_rank0() else 0
 
     def save(self, folder: Path) -> list[Path]:
         scheduler = self._engine.lr_scheduler.state_dict()
@@ -148,13 +148,13 @@ class MatrixState:
         tensors |= {"label": self._label, "values": self._shard.read_rows(torch.arange(self._shape[0]))}
         for name in MOMENTS:
             tensors[name] = self._whole(_states(self._engine)[self._stepped()][name])
-        if not cluster.is_main():
+        if not distributed.is_rank0():
             return []
         safetensors.torch.save_file(tensors, folder / MATRIX_FILE)
         return [folder / MATRIX_FILE]
 
     def load(self, folder: Path) -> None:
-        with cluster.together():
+        with distributed.raise_on_all_ranks():
             try:
                 tensors = safetensors.torch.load_file(folder / MATRIX_FILE)
             except (OSError, SafetensorError) as error:
@@ -192,11 +192,11 @@ class MatrixState:
     def _whole(self, moment: Tensor) -> Tensor:
         """A moment as a whole on every rank, float32 (K, D) on the CPU."""
         held = self._shard.held()
-        whole_KD = torch.zeros(self._shape, dtype=torch.float32, device=cluster.device())
-        if cluster.is_main() or self._engine.zero_optimization_stage() > 0:  # without ZeRO every rank has all
+        whole_KD = torch.zeros(self._shape, dtype=torch.float32, device=distributed.device())
+        if distributed.is_rank0() or self._engine.zero_optimization_stage() > 0:  # without ZeRO every rank has all
             whole_KD.view(-1)[held.start : held.stop] = moment.view(-1)[: held.size]
         # Summed as integers, of which all but one are 0: a float -0.0 would not survive the addition.
-        return cluster.all_reduce(whole_KD.view(torch.int32)).view(torch.float32).cpu()
+        return distributed.all_reduce(whole_KD.view(torch.int32)).view(torch.float32).cpu()
 
     def _loss_scaler(self) -> Any:
         return getattr(self._engine.optimizer, "loss_scaler", None)

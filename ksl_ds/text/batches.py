@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,23 +18,12 @@ import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError
+from ksl_ds.text.prompt import Example
 
 if TYPE_CHECKING:
     from ksl_ds.text.corpus import Corpus, Pair
     from ksl_ds.text.prompt import Prompt
-
-IGNORED = -100  # the label that torch's and transformers' losses skip
-
-
-@dataclass
-class Example:
-    """A prompt and the response to learn, end token included, as token ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+IGNORE_INDEX = -100  # the label that torch's and transformers' losses skip
 
 
 def encode_corpus(corpus: Corpus, prompt: Prompt, max_length: int) -> tuple[list[Example], dict[str, int]]:
@@ -159,11 +147,11 @@ def collate_training(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
         examples = [Example([pad_id, pad_id], [])]
     longest = max(map(len, examples))
     rows = [example.prompt_ids + example.response_ids for example in examples]
-    labels = [[IGNORED] * len(example.prompt_ids) + example.response_ids for example in examples]
+    labels = [[IGNORE_INDEX] * len(example.prompt_ids) + example.response_ids for example in examples]
     return {
         "input_ids": torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for row in labels]),
+        "labels": torch.tensor([row + [IGNORE_INDEX] * (longest - len(row)) for row in labels]),
     }
 
 

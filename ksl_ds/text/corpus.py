@@ -32,8 +32,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ksl_ds.config.schema import Text
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Text
 
 # Where a msgid is a key, translators find the English sentence in the extracted comment.
 PO_DEFAULT = re.compile(r'Default: "(.*?)"[ \t]*$', re.DOTALL | re.MULTILINE)

@@ -14,11 +14,11 @@ Choices and what they cost:
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from ksl_ds.errors import UserError
-from ksl_ds.text.batches import Example
 from ksl_ds.text.chat import ChatTemplate
 from ksl_ds.text.corpus import Pair
 
@@ -161,3 +161,14 @@ class Prompt:
             if token.content.strip() and (token.special or token.content in template_text):
                 special[token.content] = number
         return special
+
+
+@dataclass
+class Example:
+    """A prompt and the response to learn, end token included, as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)

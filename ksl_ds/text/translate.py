@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ksl_ds.recipe import Evaluation
-from ksl_ds.sharding import cluster
+from ksl_ds import distributed
+from ksl_ds.config.schema import Evaluation
 from ksl_ds.text.batches import collate_prompts
 
 
@@ -46,10 +46,10 @@ def translate(
 ) -> list[Translation]:
     """Hypotheses of all prompts, in order, on every rank. `partitioned`: forward passes are collectives (ZeRO-3)."""
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    mine = by_length[cluster.rank() :: cluster.world_size()]
+    mine = by_length[distributed.rank() :: distributed.world_size()]
     batches = [mine[start : start + evaluation.batch_size] for start in range(0, len(mine), evaluation.batch_size)]
     if partitioned:
-        most = -(-len(by_length[:: cluster.world_size()]) // evaluation.batch_size)  # as rank 0 has
+        most = -(-len(by_length[:: distributed.world_size()]) // evaluation.batch_size)  # as rank 0 has
         batches += [[]] * (most - len(batches))
     end_ids = end_tokens(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
@@ -57,14 +57,14 @@ def translate(
     was_training = model.training
     model.eval()
     found: dict[int, Translation] = {}
-    with cluster.progress(batches, label) as bar, _only_settings(model, search):
+    with distributed.progress(batches, label) as bar, _only_settings(model, search):
         for indices in bar:
             # A rank that has run out translates one shortest prompt along with the others and drops the result.
             translated = indices or by_length[-1:]
             batch = collate_prompts([prompts[index] for index in translated], pad_id)
             output_BL = model.generate(
-                input_ids=batch["input_ids"].to(cluster.device()),
-                attention_mask=batch["attention_mask"].to(cluster.device()),
+                input_ids=batch["input_ids"].to(distributed.device()),
+                attention_mask=batch["attention_mask"].to(distributed.device()),
                 generation_config=search,
                 synced_gpus=partitioned,
             )
@@ -75,7 +75,7 @@ def translate(
             found |= {index: hypotheses[index] for index in indices}
     model.train(was_training)
     everything: dict[int, Translation] = {}
-    for part in cluster.gather_objects(found):
+    for part in distributed.gather_objects(found):
         everything |= part
     return [everything[index] for index in range(len(prompts))]
 

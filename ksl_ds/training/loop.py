@@ -18,23 +18,23 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ksl_ds import distributed
+from ksl_ds.config.schema import Tuning
 from ksl_ds.errors import Interrupted, UserError
-from ksl_ds.model.ticket_rows import TicketRows
-from ksl_ds.recipe import Tuning
-from ksl_ds.sharding import cluster
+from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.sharding.checkpoint import Checkpoints, TrainingState
 from ksl_ds.sharding.draw import DrawMonitor
 from ksl_ds.sharding.engine import adamw, training_engine
 from ksl_ds.sharding.states import EngineState, MatrixState, optimizer_tensors
 from ksl_ds.text.batches import BatchOrder, collate_training, rank_micro_batches, response_tokens
 from ksl_ds.training.loss import can_keep_logits, corpus_loss, response_nll
-from ksl_ds.training.run import Run
+from ksl_ds.training.run import RunContext
 
 Result = TypeVar("Result")
 
 
 @dataclass
-class TrainingRun:
+class TrainingStats:
     """What a training run cost and where it ended."""
 
     steps: int = 0
@@ -71,7 +71,7 @@ def learning_rates(optimizer: torch.optim.Optimizer, tuning: Tuning, num_steps: 
 
 
 def train(
-    run: Run,
+    run: RunContext,
     parameters: list[nn.Parameter],
     *,
     stage: str,
@@ -79,7 +79,7 @@ def train(
     at_end: Callable[[], Result],
     monitor: DrawMonitor | None = None,
     ticket_rows: TicketRows | None = None,
-) -> tuple[TrainingRun, Result]:
+) -> tuple[TrainingStats, Result]:
     """Trains `parameters` of the run's model and freezes all others.
 
     Returns what it cost and what `at_end` returned, which is called while the engine still holds the fp32 master weights.
@@ -99,13 +99,13 @@ def train(
         parameter.requires_grad_(True)
     training = recipe.training
     order = BatchOrder(len(examples), training.batch_size, recipe.seed)
-    outcome = TrainingRun(planned_steps=total_steps(tuning, len(examples), training.batch_size))
+    outcome = TrainingStats(planned_steps=total_steps(tuning, len(examples), training.batch_size))
     optimizer = adamw(parameters, tuning)
     scheduler = learning_rates(optimizer, tuning, outcome.planned_steps)
-    torch.manual_seed(recipe.seed + cluster.rank())  # dropout differs over ranks and repeats over runs
+    torch.manual_seed(recipe.seed + distributed.rank())  # dropout differs over ranks and repeats over runs
     checkpoints = run.checkpoints(stage)
     started = time.perf_counter()
-    with training_engine(model, optimizer, scheduler, run.config) as engine, cluster.stop_signals() as signals:
+    with training_engine(model, optimizer, scheduler, run.config) as engine, distributed.stop_signals() as signals:
         state: TrainingState = EngineState(engine)
         if ticket_rows is not None:
             state = MatrixState(engine, ticket_rows.delta_KD, ticket_rows.ids_K)
@@ -115,7 +115,7 @@ def train(
         started -= outcome.seconds
         remaining = range(outcome.steps, outcome.steps if outcome.settled else outcome.planned_steps)
         label = stage.replace("_", " ")
-        with cluster.progress(remaining, label, total=outcome.planned_steps, done=outcome.steps) as steps:
+        with distributed.progress(remaining, label, total=outcome.planned_steps, done=outcome.steps) as steps:
             for step in steps:
                 step_started = time.perf_counter()
                 learning_rate = scheduler.get_last_lr()[0]
@@ -142,7 +142,7 @@ def train(
                         learning_rate=learning_rate,
                         gradient_norm=None if norm is None else float(norm),
                         tokens_per_second=batch_tokens / seconds,
-                        peak_memory_bytes=cluster.peak_memory(),
+                        peak_memory_bytes=distributed.peak_memory(),
                         **numbers,
                     )
                 steps.set_postfix(loss=f"{loss:.3f}")
@@ -160,28 +160,28 @@ def train(
                 if last:
                     break
         outcome.seconds = time.perf_counter() - started
-        outcome.peak_memory_bytes = cluster.peak_memory()
+        outcome.peak_memory_bytes = distributed.peak_memory()
         moments = sum(moment.nbytes for moment in optimizer_tensors(engine))
-        outcome.optimizer_bytes = sum(cluster.gather_objects(moments))
+        outcome.optimizer_bytes = sum(distributed.gather_objects(moments))
         result = at_end()
     return outcome, result
 
 
-def train_step(engine: Any, run: Run, indices: list[int], signals: list[int]) -> tuple[float, bool]:
+def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[int]) -> tuple[float, bool]:
     """One optimizer step on the global batch of the training examples `indices`.
 
     Returns the batch's mean loss of a response token, and whether any rank has received one of `signals` by its end; the
     same on every rank.
     """
-    examples, world_size = run.examples["train"], cluster.world_size()
+    examples, world_size = run.examples["train"], distributed.world_size()
     run.model.train()
     keeps_logits = can_keep_logits(run.model)
     num_tokens = response_tokens([examples[index] for index in indices])
     size = run.recipe.training.micro_batch_size
-    micro_batches = rank_micro_batches(examples, indices, cluster.rank(), world_size, size)
+    micro_batches = rank_micro_batches(examples, indices, distributed.rank(), world_size, size)
     # The engine counts micro-batches itself; a short last batch is filled up with empty ones.
     micro_batches += [[]] * (engine.gradient_accumulation_steps() - len(micro_batches))
-    sums = torch.zeros(2, dtype=torch.float64, device=cluster.device())
+    sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
     for micro_batch in micro_batches:
         batch = collate_training([examples[index] for index in micro_batch], run.pad_id)
         loss = response_nll(engine, batch, keeps_logits)
@@ -190,11 +190,11 @@ def train_step(engine: Any, run: Run, indices: list[int], signals: list[int]) ->
         engine.backward(loss * (world_size * len(micro_batches) / num_tokens))
         engine.step()
     sums[1] = len(signals)
-    nll, ends = cluster.all_reduce(sums).tolist()
+    nll, ends = distributed.all_reduce(sums).tolist()
     return nll / num_tokens, ends > 0
 
 
-def _validate(run: Run, engine: Any, outcome: TrainingRun, last: bool) -> dict[str, Any]:
+def _validate(run: RunContext, engine: Any, outcome: TrainingStats, last: bool) -> dict[str, Any]:
     """The validation loss where it is due, for the log and the outcome."""
     training, valid = run.recipe.training, run.examples.get("valid", [])
     if not valid or not (last or (training.valid_every and outcome.steps % training.valid_every == 0)):
@@ -204,11 +204,11 @@ def _validate(run: Run, engine: Any, outcome: TrainingRun, last: bool) -> dict[s
 
 
 def _resume(
-    run: Run,
+    run: RunContext,
     stage: str,
     checkpoints: Checkpoints,
     state: TrainingState,
-    outcome: TrainingRun,
+    outcome: TrainingStats,
     monitor: DrawMonitor | None,
 ) -> None:
     """Goes back to the newest checkpoint, if there is one, and drops what was logged after it."""
@@ -218,8 +218,13 @@ def _resume(
             setattr(outcome, name, value)
         if monitor is not None:
             monitor.load_state_dict(saved["monitor"])
-        cluster.say(f"{stage.replace('_', ' ')} goes on after step {outcome.steps} of {outcome.planned_steps}")
+        distributed.say(f"{stage.replace('_', ' ')} goes on after step {outcome.steps} of {outcome.planned_steps}")
         run.results.setdefault("resumed", []).append(
-            {"stage": stage, "step": outcome.steps, "ranks": cluster.world_size(), "ranks_before": saved["world_size"]}
+            {
+                "stage": stage,
+                "step": outcome.steps,
+                "ranks": distributed.world_size(),
+                "ranks_before": saved["world_size"],
+            }
         )
     run.tracker.rewind(stage, outcome.steps)

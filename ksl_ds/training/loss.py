@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ksl_ds.sharding import cluster
-from ksl_ds.text.batches import Example, collate_training, rank_micro_batches, response_tokens
+from ksl_ds import distributed
+from ksl_ds.text.batches import collate_training, rank_micro_batches, response_tokens
+from ksl_ds.text.prompt import Example
 
 
 def response_logits(
@@ -26,15 +27,15 @@ def response_logits(
     keeps_logits: bool,  # whether the model can skip the logits of early positions: see `can_keep_logits`
 ) -> tuple[Tensor, Tensor]:
     """Logits that predict the response tokens of a batch, float32 (N, V), and these tokens, int64 (N,): pair after pair."""
-    labels_BL = batch["labels"].to(cluster.device())
+    labels_BL = batch["labels"].to(distributed.device())
     extra = {}
     if keeps_logits:
         # Prompts are most of a batch and have no labels: the head need not see them.
         first = int((labels_BL != -100).any(dim=0).float().argmax())
         extra["logits_to_keep"] = labels_BL.shape[1] - first + 1
     logits_BLV = model(
-        input_ids=batch["input_ids"].to(cluster.device()),
-        attention_mask=batch["attention_mask"].to(cluster.device()),
+        input_ids=batch["input_ids"].to(distributed.device()),
+        attention_mask=batch["attention_mask"].to(distributed.device()),
         use_cache=False,
         **extra,
     ).logits
@@ -57,11 +58,13 @@ def can_keep_logits(model: nn.Module) -> bool:
 def corpus_loss(model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int) -> float:
     """Mean negative log-likelihood of a response token over `examples`, spread over the ranks, `size` pairs at once."""
     keeps_logits = can_keep_logits(module)
-    total = torch.zeros((), dtype=torch.float64, device=cluster.device())
+    total = torch.zeros((), dtype=torch.float64, device=distributed.device())
     was_training = module.training
     module.eval()
-    for indices in rank_micro_batches(examples, range(len(examples)), cluster.rank(), cluster.world_size(), size):
+    for indices in rank_micro_batches(
+        examples, range(len(examples)), distributed.rank(), distributed.world_size(), size
+    ):
         batch = collate_training([examples[index] for index in indices], pad_id)
         total += response_nll(model, batch, keeps_logits).double()
     module.train(was_training)
-    return float(cluster.all_reduce(total)) / response_tokens(examples)
+    return float(distributed.all_reduce(total)) / response_tokens(examples)

@@ -20,19 +20,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from ksl_ds import distributed
+from ksl_ds.config.load import differing_keys, load_recipe, save_recipe
+from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
+from ksl_ds.files import write_json
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
 from ksl_ds.model.methods import prepare_method
-from ksl_ds.recipe import Recipe, differing_keys, load_recipe, save_recipe
 from ksl_ds.report.records import read_metrics, read_results
-from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
-from ksl_ds.sharding import cluster
+from ksl_ds.report.tracking import Tracker
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
-from ksl_ds.text.batches import Example, check_positions, encode_corpus
+from ksl_ds.text.batches import check_positions, encode_corpus
 from ksl_ds.text.corpus import Corpus, load_corpus
-from ksl_ds.text.prompt import Prompt
+from ksl_ds.text.prompt import Example, Prompt
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of, record_inputs
 
@@ -40,7 +43,7 @@ LOCK = ".lock"
 
 
 @dataclass
-class Run:
+class RunContext:
     """A run in progress: what was asked for, on what, and what has been found so far."""
 
     recipe: Recipe
@@ -69,7 +72,7 @@ class Run:
         return self.results["stages"]
 
     def save_results(self) -> None:
-        cluster.on_main(lambda: write_json(self.dir / "results.json", self.results))
+        distributed.run_on_rank0(lambda: write_json(self.dir / "results.json", self.results))
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """The checkpoints within the training of a stage."""
@@ -77,7 +80,7 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) -> Iterator[Run]:
+def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) -> Iterator[RunContext]:
     """Checks the recipe against the world, loads text and model, and creates the run folder.
 
     Parameters
@@ -90,22 +93,24 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     UserError
         On every rank, before anything is written.
     """
-    if recipe.num_ranks not in (None, cluster.world_size()):
+    if recipe.num_ranks not in (None, distributed.world_size()):
         raise UserError(
-            f"the recipe expects num_ranks={recipe.num_ranks}, but {cluster.world_size()} were started; "
+            f"the recipe expects num_ranks={recipe.num_ranks}, but {distributed.world_size()} were started; "
             "check the hostfile (deepspeed only warns when it is missing)"
         )
-    config = cluster.on_main(lambda: deepspeed_config(recipe))
-    with cluster.together():
+    config = distributed.run_on_rank0(lambda: deepspeed_config(recipe))
+    with distributed.raise_on_all_ranks():
         check_precision(recipe.training.precision)
     run_dir = Path(recipe.run_dir)
-    before = cluster.on_main(lambda: results_before(run_dir, recipe))
-    cluster.on_main(lambda: check_tokenizer(recipe.evaluation.tokenize))
+    before = distributed.run_on_rank0(lambda: previous_results(run_dir, recipe))
+    distributed.run_on_rank0(lambda: check_tokenizer(recipe.evaluation.tokenize))
     folder = open_folder(recipe.model)
-    adapter = cluster.on_main(lambda: prepare_method(recipe, folder.config, config, method)) if trains else None
-    inputs = cluster.on_main(lambda: inputs_of(recipe, folder, config))
-    cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
-    with cluster.together():
+    adapter = (
+        distributed.run_on_rank0(lambda: prepare_method(recipe, folder.config, config, method)) if trains else None
+    )
+    inputs = distributed.run_on_rank0(lambda: inputs_of(recipe, folder, config))
+    distributed.run_on_rank0(lambda: check_inputs(run_dir, recipe, inputs))
+    with distributed.raise_on_all_ranks():
         tokenizer = folder.tokenizer()
         _ = folder.end_ids  # a mistake in generation_config.json is known before the model is loaded
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
@@ -123,20 +128,22 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
                 )
         check_positions(examples, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
     for corpus in corpora.values():
-        cluster.say(corpus.summary())
-    cluster.say(f"loading {folder.path} on {cluster.world_size()} ranks")
+        distributed.say(corpus.summary())
+    distributed.say(f"loading {folder.path} on {distributed.world_size()} ranks")
     model = load_model(recipe, folder, config)
     inputs["weights"] = weight_digests(model)
     prompts = [example.prompt_ids for example in examples["test"]]
-    with folder_taken(run_dir):
+    with run_lock(run_dir):
         # Once more, as another process may have gone on with the run while this one loaded the model.
-        before = cluster.on_main(lambda: results_before(run_dir, recipe))
+        before = distributed.run_on_rank0(lambda: previous_results(run_dir, recipe))
         results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
         results |= (before or {}) | {"environment": hardware_and_versions()}
-        cluster.on_main(lambda: check_inputs(run_dir, recipe, inputs))
-        cluster.on_main(lambda: _begin(run_dir, recipe, inputs, results["stages"]))
+        distributed.run_on_rank0(lambda: check_inputs(run_dir, recipe, inputs))
+        distributed.run_on_rank0(lambda: _begin(run_dir, recipe, inputs, results["stages"]))
         with Tracker(run_dir, recipe) as tracker:
-            run = Run(recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results, adapter)
+            run = RunContext(
+                recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results, adapter
+            )
             run.save_results()
             try:
                 yield run
@@ -149,7 +156,7 @@ def virtual_tokens(recipe: Recipe) -> int:
     return recipe.prefix.num_virtual_tokens if recipe.method == "prefix" else 0
 
 
-def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
+def previous_results(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
     """What the run in `run_dir` has found so far, where it is to be gone on with; None for a new run.
 
     Raises
@@ -180,11 +187,11 @@ def results_before(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 @contextmanager
-def folder_taken(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps other processes that take it out, for as long as this one lives. Raises UserError."""
     lock: Any = None
-    with cluster.together():
-        if cluster.is_main():
+    with distributed.raise_on_all_ranks():
+        if distributed.is_rank0():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = (folder / LOCK).open("w")
@@ -194,7 +201,7 @@ def folder_taken(folder: Path) -> Iterator[None]:
             except OSError as error:
                 if lock is None or error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                     raise UserError(f"run_dir {folder} cannot be written: {error.strerror}") from None
-                cluster.say(
+                distributed.say(
                     f"warning: {folder} cannot be locked ({error.strerror}); see that no other run writes there"
                 )
     try:

@@ -17,9 +17,9 @@ from statistics import median
 
 import torch
 
+from ksl_ds import distributed
 from ksl_ds.lottery.selection import select_alpha
 from ksl_ds.lottery.ticket import measure_shift
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import BLOCK_BYTES
 from ksl_ds.sharding.geometry import owned_rows, travelling, zero3_parts
 
@@ -39,8 +39,8 @@ def draw_of_a_rank(num_rows: int, width: int, ranks: int, changed: float) -> dic
     for row in moved.nonzero().flatten().tolist():
         after_RD[row] += 0.01 * torch.randn(width, generator=generator)
     block, seconds = max(1, BLOCK_BYTES // (4 * width)), []
-    cluster.reset_peak_memory()
-    held = cluster.peak_memory()
+    distributed.reset_peak_memory()
+    held = distributed.peak_memory()
     for _ in range(ROUNDS):
         started = time.perf_counter()
         count_V = torch.zeros(num_rows, dtype=torch.int32)
@@ -56,7 +56,7 @@ def draw_of_a_rank(num_rows: int, width: int, ranks: int, changed: float) -> dic
         "drawn": len(ids_K),
         "seconds": median(seconds),
         "snapshot": 4 * before_RD.numel(),
-        "extra": cluster.peak_memory() - held,
+        "extra": distributed.peak_memory() - held,
         "received": 4 * received + 8 * num_rows * (ranks - 1) / ranks,
     }
 

@@ -35,13 +35,13 @@ def on_a_rank(num_rows: int, width: int, changed: float) -> None:
     from scipy.stats import ks_2samp
     from torch import nn
 
-    from ksl_ds.sharding import cluster
+    from ksl_ds import distributed
     from ksl_ds.sharding.draw import sharded_shift
-    from ksl_ds.sharding.engine import quiet_libraries
+    from ksl_ds.sharding.engine import set_library_verbosity
     from ksl_ds.sharding.rows import RowShard
 
-    cluster.start()
-    quiet_libraries(False)
+    distributed.initialize()
+    set_library_verbosity(False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -50,21 +50,21 @@ def on_a_rank(num_rows: int, width: int, changed: float) -> None:
     shard = RowShard(embedding.weight)
     before_RD = shard.read()
     moved_RD = before_RD.clone()
-    chosen_R = torch.rand(len(moved_RD), generator=torch.Generator().manual_seed(cluster.rank())) < changed
+    chosen_R = torch.rand(len(moved_RD), generator=torch.Generator().manual_seed(distributed.rank())) < changed
     moved_RD[chosen_R] += 0.3 * torch.randn(int(chosen_R.sum()), width)
     shard.write(moved_RD)
     del moved_RD
     shard.traffic.sent = shard.traffic.received = 0
     held, seconds, gather_seconds = anonymous_bytes(), [], []
-    cluster.reset_peak_memory()
+    distributed.reset_peak_memory()
     for _ in range(ROUNDS):
-        cluster.barrier()
+        distributed.barrier()
         started = time.perf_counter()
         shift = sharded_shift(shard, before_RD, lengths=False)
         seconds.append(time.perf_counter() - started)
-    draw_peak = cluster.peak_memory()
+    draw_peak = distributed.peak_memory()
     for _ in range(ROUNDS):
-        cluster.barrier()
+        distributed.barrier()
         started = time.perf_counter()
         with deepspeed.zero.GatheredParameters([embedding.weight]):
             after_VD = embedding.weight.detach().float()
@@ -76,12 +76,12 @@ def on_a_rank(num_rows: int, width: int, changed: float) -> None:
             for row in rows.tolist():
                 ks_2samp(before_RD[row - shard.start].numpy(), after_VD[row].numpy())
             scipy_seconds = (time.perf_counter() - started) / max(1, len(rows))
-    per_row = max(cluster.gather_objects(scipy_seconds))
+    per_row = max(distributed.gather_objects(scipy_seconds))
     # Of the rank that moved most: the first has no row to complete for a neighbour, the last none to receive.
-    moved = max(cluster.gather_objects(max(shard.traffic.sent, shard.traffic.received))) / ROUNDS
-    if cluster.is_main():
+    moved = max(distributed.gather_objects(max(shard.traffic.sent, shard.traffic.received))) / ROUNDS
+    if distributed.is_rank0():
         num_changed = int((shift.count_V > 0).sum())
-        ranks = cluster.world_size()
+        ranks = distributed.world_size()
         result = {
             "ranks": ranks,
             "moved": moved,
@@ -94,7 +94,7 @@ def on_a_rank(num_rows: int, width: int, changed: float) -> None:
             "changed": num_changed,
         }
         print("RESULT", json.dumps(result), flush=True)
-    cluster.stop()
+    distributed.shutdown()
 
 
 def main() -> None:

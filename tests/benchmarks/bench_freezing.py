@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from ksl_ds import train_only_rows
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import dismantle, quiet_libraries
+from ksl_ds import distributed, train_only_rows
+from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -126,8 +125,8 @@ WAYS = (MaskAfterBackward, HookZeroes, HookZeroesByLength, PutBack, TrainOnlyRow
 
 
 def on_a_rank(steps: int) -> None:
-    cluster.start()
-    quiet_libraries(False)
+    distributed.initialize()
+    set_library_verbosity(False)
     torch.set_num_threads(1)
     for way in WAYS:
         for stage in (0, 3):
@@ -136,7 +135,7 @@ def on_a_rank(steps: int) -> None:
             )
     for stage in (0, 3):  # last, as a failure may leave the ranks at different places
         report(f"PEFT {version('peft')} TrainableTokens", stage, {"decay": run_peft(stage, steps)})
-    cluster.stop()
+    distributed.shutdown()
 
 
 # weight decay, steps before, bf16
@@ -152,7 +151,7 @@ CASES = {
 
 
 def report(name: str, stage: int, cases: dict[str, dict[str, Any]]) -> None:
-    if cluster.is_main():
+    if distributed.is_rank0():
         print("RESULT", json.dumps({"name": name, "stage": stage, "cases": cases}), flush=True)
 
 
@@ -182,7 +181,7 @@ def engine_for(model: nn.Module, stage: int, decay: float, bf16: bool) -> Any:
 
 
 def train(engine: Any, steps: int, freeze: Freeze | None, seed: int) -> None:
-    generator = torch.Generator().manual_seed(100 * seed + cluster.rank())
+    generator = torch.Generator().manual_seed(100 * seed + distributed.rank())
     for _ in range(steps):
         ids = torch.randint(0, VOCABULARY, (4, 40), generator=generator)
         ids[:, : len(TICKET)] = torch.tensor(TICKET)
@@ -208,7 +207,7 @@ def run(way: type[Freeze], stage: int, steps: int, decay: float, steps_before: i
     weights_V = (gathered(weight) != weights_before_VD).any(dim=1)
     if getattr(freeze, "handle", None) is not None:
         freeze.handle.remove()
-    dismantle(engine)
+    destroy_engine(engine)
     return {**counts(weights_V, masters_V), "remark": freeze.remark()}
 
 
@@ -225,7 +224,7 @@ def run_peft(stage: int, steps: int) -> dict[str, Any]:
         del known
     engine = engine_for(adapted, stage, 0.1, bf16=False)
     train(engine, steps, None, seed=1)
-    dismantle(engine)
+    destroy_engine(engine)
     after_VD = adapted.merge_and_unload().get_input_embeddings().weight
     moved_V = (after_VD != before_VD).any(dim=1)
     return {**counts(moved_V, moved_V), "remark": ""}

@@ -23,9 +23,9 @@ import torch
 from peft import TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ksl_ds.model.rows import train_only_rows
-from ksl_ds.model.ticket_rows import TicketRows
-from ksl_ds.sharding import cluster
+from ksl_ds import distributed
+from ksl_ds.model.row_hooks import train_only_rows
+from ksl_ds.model.row_parameter import TicketRows
 
 SIDES = ("frozen", "rows", "hooks", "PEFT", "embed tuning")
 
@@ -160,12 +160,12 @@ def peak_memory(options: Any, tied: bool, side: str) -> int:
     torch.set_num_threads(options.threads)
     model, ids = prepare(options, tied)
     gc.collect()
-    cluster.reset_peak_memory()
-    before = cluster.peak_memory()
+    distributed.reset_peak_memory()
+    before = distributed.peak_memory()
     with training(side, model, ids) as step:
         step()
         step()
-    return cluster.peak_memory() - before
+    return distributed.peak_memory() - before
 
 
 def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:

@@ -187,7 +187,8 @@ def padding(recipe: Any, options: argparse.Namespace) -> None:
 
 
 def load(folder: Path) -> Any:
-    from ksl_ds.recipe import Recipe, load_recipe
+    from ksl_ds.config.load import load_recipe
+    from ksl_ds.config.schema import Recipe
 
     return load_recipe(Recipe, str(folder / "recipe.yaml"), [])
 

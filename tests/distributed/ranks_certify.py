@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ksl_ds.commands import candidates, certify
+from ksl_ds import distributed
+from ksl_ds.certificate import candidates
+from ksl_ds.commands import certify
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 elements_before_loading = []
 load_model = candidates.load_model
 
@@ -61,12 +63,12 @@ for number, (overrides, words) in enumerate(MISTAKES.items()):
         message = str(error)
     else:
         message = "no error"
-    assert len(set(cluster.gather_objects(message))) == 1, message
+    assert len(set(distributed.gather_objects(message))) == 1, message
     assert "\n" not in message and all(word in message for word in words), (overrides, message)
-    cluster.barrier()
-    if cluster.is_main():
+    distributed.barrier()
+    if distributed.is_rank0():
         shutil.rmtree(f"mistaken{number}", ignore_errors=True)
-    cluster.barrier()
-if cluster.is_main():
+    distributed.barrier()
+if distributed.is_rank0():
     Path("alone").write_text(str(torch.distributed.get_world_size()))
-cluster.stop()
+distributed.shutdown()

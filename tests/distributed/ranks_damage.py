@@ -9,16 +9,18 @@ from pathlib import Path
 
 import torch
 
+from ksl_ds import distributed
 from ksl_ds.commands import tune
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe, load_recipe
+from ksl_ds.files import file_sha256
 from ksl_ds.report.tracking import Tracker
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.checkpoint import MANIFEST, Checkpoints, file_sha256
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.checkpoint import MANIFEST, Checkpoints
+from ksl_ds.sharding.engine import set_library_verbosity
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 log = Tracker.log
 WORDS = ["text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]", "checkpoint.every=2"]
 
@@ -40,7 +42,7 @@ def train(run_dir: str, *words: str, after_log=None) -> str:
         tune.run(load_recipe(Recipe, "recipe.yaml", [*WORDS, f"run_dir={run_dir}", *words]))
     except UserError as error:
         message = str(error)
-        assert len(set(cluster.gather_objects(message))) == 1, message
+        assert len(set(distributed.gather_objects(message))) == 1, message
         return message
     except Stopped:
         return "stopped"
@@ -92,16 +94,16 @@ def break_manifest(folder: Path) -> None:
 
 for damage in (truncate, flip, lose, break_manifest):
     copy = damage.__name__
-    if cluster.is_main():
+    if distributed.is_rank0():
         shutil.copytree("parts", copy)
         damage(Path(copy, "checkpoints/embed_tuning_steps/step-00000004"))
-    cluster.barrier()
+    distributed.barrier()
     assert train(copy, "resume=auto") == ""
     assert losses(copy) == losses("whole"), copy
     assert json.loads(Path(copy, "results.json").read_text())["resumed"][0]["step"] == 2
 
 # A pickle that would run a command, with a manifest that vouches for it: refused, and nothing is run.
-if cluster.is_main():
+if distributed.is_rank0():
     shutil.copytree("parts", "malicious")
     folder = Path("malicious/checkpoints/embed_tuning_steps/step-00000004")
 
@@ -113,17 +115,17 @@ if cluster.is_main():
     digests = json.loads((folder / MANIFEST).read_text())
     digests[DEEPSPEED] = [(folder / DEEPSPEED).stat().st_size, file_sha256(folder / DEEPSPEED)]
     (folder / MANIFEST).write_text(json.dumps(digests))
-cluster.barrier()
+distributed.barrier()
 message = train("malicious", "resume=auto")
 assert "posix.mkdir" in message and DEEPSPEED in message, message
 assert not Path("executed").exists()
 
 # The same as a bare pickle, which is no file of torch.save at all.
-if cluster.is_main():
+if distributed.is_rank0():
     (folder / DEEPSPEED).write_bytes(pickle.dumps(Command()))
     digests[DEEPSPEED] = [(folder / DEEPSPEED).stat().st_size, file_sha256(folder / DEEPSPEED)]
     (folder / MANIFEST).write_text(json.dumps(digests))
-cluster.barrier()
+distributed.barrier()
 message = train("malicious", "resume=auto")
 assert "unknown code" in message and DEEPSPEED in message, message
 assert not Path("executed").exists()
@@ -133,11 +135,11 @@ for notices in (True, False):
     run_dir, filler = ("full", Path("filler"))
 
     def fill(step: int, filler: Path = filler) -> None:
-        if step == 3 and cluster.is_main():
+        if step == 3 and distributed.is_rank0():
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1 << 12))
-        cluster.barrier()
+        distributed.barrier()
 
     check_space = Checkpoints._check_space
     if not notices:
@@ -145,15 +147,15 @@ for notices in (True, False):
     message = train(run_dir, after_log=fill)
     Checkpoints._check_space = check_space
     assert "checkpoint of step 4 cannot be written" in message and "step-00000002" in message, message
-    cluster.barrier()
-    if cluster.is_main():
+    distributed.barrier()
+    if distributed.is_rank0():
         filler.unlink()
-    cluster.barrier()
+    distributed.barrier()
     assert steps(run_dir) == ["step-00000002"]
     assert train(run_dir, "resume=auto") == ""
     assert losses(run_dir) == losses("whole")
-    cluster.barrier()
-    if cluster.is_main():
+    distributed.barrier()
+    if distributed.is_rank0():
         shutil.rmtree(run_dir)
-    cluster.barrier()
-cluster.stop()
+    distributed.barrier()
+distributed.shutdown()

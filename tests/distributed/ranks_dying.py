@@ -7,19 +7,19 @@ from datetime import timedelta
 import deepspeed
 from torch import nn
 
-from ksl_ds.sharding import cluster
+from ksl_ds import distributed
 from ksl_ds.sharding.draw import sharded_shift
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 
-cluster.start(timeout=timedelta(minutes=5))
-quiet_libraries(False)
+distributed.initialize(timeout=timedelta(minutes=5))
+set_library_verbosity(False)
 embedding = nn.Embedding(101, 7)
 deepspeed.zero.Init(
     module=embedding, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 )
 shard = RowShard(embedding.weight)
 before_RD = shard.read()
-if cluster.rank() == 1:
+if distributed.rank() == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 sharded_shift(shard, before_RD)

@@ -6,16 +6,17 @@ import signal
 import sys
 from pathlib import Path
 
+from ksl_ds import distributed
 from ksl_ds.commands import tune
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.sharding import cluster
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.sharding.checkpoint import Checkpoints
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 from ksl_ds.sharding.states import EngineState
 
 WORDS = ["text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]", "checkpoint.every=2"]
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 save, publish, time_to_die = EngineState.save, Checkpoints._publish, sys.argv[-1]
 
 
@@ -25,7 +26,7 @@ def die() -> None:
 
 def dying_save(state, folder):
     written = save(state, folder)
-    if time_to_die == "writing" and cluster.rank() == 1 and folder.name == ".draft-00000004":
+    if time_to_die == "writing" and distributed.rank() == 1 and folder.name == ".draft-00000004":
         os.truncate(written[-1], written[-1].stat().st_size // 2)
         die()
     return written
@@ -51,4 +52,4 @@ losses = train("dying")
 assert len(losses) == 6 and losses == train("whole")
 assert json.loads(Path("dying/results.json").read_text())["resumed"][-1]["step"] == 2
 assert not list(Path("dying/checkpoints").glob("**/.draft-*"))
-cluster.stop()
+distributed.shutdown()

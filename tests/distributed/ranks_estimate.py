@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_iter
 
-from ksl_ds.commands.estimate import plan_of
+from ksl_ds import distributed
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
+from ksl_ds.estimate.memory import rank_needs
+from ksl_ds.estimate.plan import plan_of
 from ksl_ds.model.adapters import adapter_config, with_adapter
 from ksl_ds.model.dry_run import LiveBytes
-from ksl_ds.model.rows import TrainedRows, train_only_rows
-from ksl_ds.model.ticket_rows import TicketRows
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import adamw, quiet_libraries, training_engine
-from ksl_ds.sharding.estimate import rank_needs
+from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
+from ksl_ds.model.row_parameter import TicketRows
+from ksl_ds.sharding.engine import adamw, set_library_verbosity, training_engine
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.text.batches import Example, collate_training
+from ksl_ds.text.batches import collate_training
+from ksl_ds.text.prompt import Example
 from ksl_ds.training.loss import response_nll
 from ksl_ds.training.run import open_run
 
@@ -51,7 +53,7 @@ class Wire(LiveBytes):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             size = [sum(t.nbytes for t in tree_iter(value) if isinstance(t, torch.Tensor)) for value in args]
-            share = (cluster.world_size() - 1) / cluster.world_size()
+            share = (distributed.world_size() - 1) / distributed.world_size()
             # The first argument is the output, of a reduce-scatter the part; an all-reduce is both in one.
             factor = {"_allgather_base_": size[0], "allgather_": size[0], "allgather_into_tensor_coalesced_": size[0]}
             factor |= {"_reduce_scatter_base_": size[1], "reduce_scatter_": size[1], "allreduce_": 2 * size[0]}
@@ -133,20 +135,20 @@ def measure(run, method: str) -> dict[str, float]:
     return found
 
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 report = {}
 for number, (name, (section, precision, checkpointing, methods)) in enumerate(CASES.items()):
-    if cluster.is_main():
+    if distributed.is_rank0():
         section = {"stage": 3, "reduce_bucket_size": 50_000, **section}
         Path(f"{number}.json").write_text(json.dumps({"zero_optimization": section}))
-    cluster.barrier()
+    distributed.barrier()
     recipe = load_recipe(
         Recipe,
         "recipe.yaml",
         [
             f"run_dir=run{number}", f"deepspeed={number}.json", f"training.precision={precision}", "method=lora",
-            f"training.micro_batch_size={BATCH}", f"training.batch_size={BATCH * cluster.world_size()}",
+            f"training.micro_batch_size={BATCH}", f"training.batch_size={BATCH * distributed.world_size()}",
             f"training.gradient_checkpointing={str(checkpointing).lower()}", f"text.max_length={LENGTH}",
         ],
     )  # fmt: skip
@@ -155,7 +157,7 @@ for number, (name, (section, precision, checkpointing, methods)) in enumerate(CA
     with open_run(recipe) as run:
         for method in methods:
             needs = rank_needs(
-                plan.method(method, checkpointing=checkpointing), training, plan.zero, cluster.world_size()
+                plan.method(method, checkpointing=checkpointing), training, plan.zero, distributed.world_size()
             )
             report[f"{name}: {method}"] = (measure(run, method), needs)
 for name, (found, needs) in report.items():
@@ -173,7 +175,7 @@ for name, (found, needs) in report.items():
     for kind, estimated in said.items():
         if kind in found:
             ratio = estimated / found[kind]
-            if cluster.is_main():
+            if distributed.is_rank0():
                 print(f"{name:28} {kind:10} measured {found[kind]:10.0f} estimated {estimated:10.0f} ratio {ratio:.3f}")
             assert 0.9 <= ratio <= 1.1, (name, kind, found[kind], estimated)
-cluster.stop()
+distributed.shutdown()

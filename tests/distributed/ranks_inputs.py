@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ksl_ds import distributed
 from ksl_ds.commands import evaluate
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, make_ticket
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 WORDS = ["run_dir=run", "ticket=ticket", "text.max_test_pairs=2", "evaluation.max_new_tokens=2", "resume=auto"]
 WEIGHTS, JSON, INPUTS = Path("model/model.safetensors"), Path("ds.json"), Path("run/inputs.json")
 
@@ -30,10 +31,10 @@ def score() -> str:
 
 
 def on_main(work) -> None:
-    cluster.barrier()
-    if cluster.is_main():
+    distributed.barrier()
+    if distributed.is_rank0():
         work()
-    cluster.barrier()
+    distributed.barrier()
 
 
 def write_ticket(value: float) -> None:
@@ -111,7 +112,7 @@ def restore() -> None:
 for name, (change, words) in CHANGES.items():
     on_main(change)
     sentence = score()
-    assert len(set(cluster.gather_objects(sentence))) == 1, name
+    assert len(set(distributed.gather_objects(sentence))) == 1, name
     assert bool(sentence) == bool(words) and "\n" not in sentence, (name, sentence)
     assert all(word in sentence for word in words), (name, sentence)
     assert json.loads(Path("run/results.json").read_text())["stages"] == stages, name
@@ -121,4 +122,4 @@ for name, (change, words) in CHANGES.items():
 on_main(INPUTS.unlink)
 assert score() == ""
 assert json.loads(INPUTS.read_text()) == recorded
-cluster.stop()
+distributed.shutdown()

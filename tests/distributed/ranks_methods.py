@@ -5,14 +5,15 @@ from pathlib import Path
 
 from tiny import make_model_folder
 
+from ksl_ds import distributed
 from ksl_ds.commands import tune
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.model.published import published_pieces
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 SETTINGS = {
     "embed": [
         "embed_tuning.max_steps=6",
@@ -31,7 +32,7 @@ for method, words in SETTINGS.items():
     tune.run(load_recipe(Recipe, "recipe.yaml", [f"method={method}", f"run_dir={method}", *words, *everything]))
 
 # A published ticket, on a model with LLaMA-1's vocabulary as far as these ids go.
-if cluster.is_main():
+if distributed.is_rank0():
     make_model_folder(Path("llama"), vocab_size=32000)
     tokenizer = json.loads(Path("llama/tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -49,7 +50,7 @@ if cluster.is_main():
             vocabulary[displaced] = former
             by_number[former] = displaced
     Path("llama/tokenizer.json").write_text(json.dumps(tokenizer))
-cluster.barrier()
+distributed.barrier()
 words = [
     "method=ticket",
     "ticket=published:en-da",
@@ -58,4 +59,4 @@ words = [
     "partial_tuning.max_steps=2",
 ]
 tune.run(load_recipe(Recipe, "recipe.yaml", words))
-cluster.stop()
+distributed.shutdown()

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from tiny import make_model_folder
 
+from ksl_ds import distributed
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 
-if cluster.is_main():
+if distributed.is_rank0():
     Path("empty.jsonl").write_text("")
     Path("one_sided.jsonl").write_text('{"source": "the cat", "target": ""}\n' * 3)
     Path("other.jsonl").write_text('{"en": "the cat", "fr": "le chat"}\n')
@@ -24,7 +25,7 @@ if cluster.is_main():
     make_model_folder(Path("small"), vocab_size=50)
     Path("clip.json").write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}))
     Path("optimizer.json").write_text(json.dumps({"optimizer": {"type": "Adam"}}))
-cluster.barrier()
+distributed.barrier()
 
 # overrides: words that the sentence must contain
 MISTAKES = {
@@ -41,7 +42,7 @@ MISTAKES = {
     ("deepspeed=clip.json",): ["gradient_clipping", "0.5", "training.clip"],
     ("deepspeed=optimizer.json",): ["optimizer", "embed_tuning"],
     ("deepspeed=nowhere.json",): ["nowhere.json"],
-    ("num_ranks=7",): ["num_ranks=7", str(cluster.world_size())],
+    ("num_ranks=7",): ["num_ranks=7", str(distributed.world_size())],
     ("evaluation.tokenize=13b",): ["13b"],
     ("training.batch_size=many",): ["training.batch_size", "many"],
     ("method=ticket",): ["ticket="],
@@ -59,14 +60,14 @@ for overrides, words in MISTAKES.items():
         message = str(error)
     else:
         message = "no error"
-    assert len(set(cluster.gather_objects(message))) == 1, message
+    assert len(set(distributed.gather_objects(message))) == 1, message
     assert message != "no error", overrides
     assert "\n" not in message, message
     assert all(word in message for word in words), (overrides, message)
     if "learning_rate" not in overrides[0]:  # everything else is found before the run folder is made
         assert not Path("mistaken").exists() or overrides[-1].startswith("ticket="), overrides
-    cluster.barrier()
-    if cluster.is_main():
+    distributed.barrier()
+    if distributed.is_rank0():
         shutil.rmtree("mistaken", ignore_errors=True)
-    cluster.barrier()
-cluster.stop()
+    distributed.barrier()
+distributed.shutdown()

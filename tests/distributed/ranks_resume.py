@@ -10,23 +10,24 @@ from pathlib import Path
 
 import torch
 
+from ksl_ds import distributed
 from ksl_ds.commands import tune
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.lottery.ticket import Ticket
-from ksl_ds.recipe import Recipe, load_recipe
 from ksl_ds.report.tracking import Tracker
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 STEPS, ENDS_AFTER = 6, 4
 log = Tracker.log
 
 
 def log_and_signal(tracker: Tracker, stage: str, step: int, **numbers: float) -> None:
     log(tracker, stage, step, **numbers)
-    if step == ENDS_AFTER - 1 and cluster.rank() == cluster.world_size() - 1:
+    if step == ENDS_AFTER - 1 and distributed.rank() == distributed.world_size() - 1:
         signal.raise_signal(signal.SIGTERM)  # the step after this log is still done
 
 
@@ -66,10 +67,10 @@ for name, (stage, words) in CASES.items():
     train(parts, *words, stopped=True)
     kept = sorted(path.name for path in Path(parts, "checkpoints", f"{stage}_steps").iterdir())
     assert kept == [f"step-{ENDS_AFTER:08d}"], kept
-    if cluster.is_main():
+    if distributed.is_rank0():
         with Path(parts, "metrics.jsonl").open("a") as file:  # as if it had been logged after the checkpoint, and torn
             file.write(json.dumps({"stage": stage, "step": 5, "loss": 0.0}) + '\n{"stage": "' + stage)
-    cluster.barrier()
+    distributed.barrier()
     train(parts, *words, "resume=auto")
     assert len(lines(whole, stage)) == STEPS
     assert lines(parts, stage) == lines(whole, stage), (name, lines(parts, stage), lines(whole, stage))
@@ -81,10 +82,10 @@ for name, (stage, words) in CASES.items():
     stage_of_whole = results[0]["stages"][stage]
     assert stage_of_whole["tuned_file_bytes"] > 0 and stage_of_whole["optimizer_bytes"] > 0
     if name == "embed":
-        cluster.barrier()
-        if cluster.is_main():  # the ticket that all later cases train
+        distributed.barrier()
+        if distributed.is_rank0():  # the ticket that all later cases train
             Path(whole, "checkpoints", "partial_transfer").rename("ticket")
-        cluster.barrier()
+        distributed.barrier()
     elif stage == "partial_tuning":
         rows = [Ticket.load(Path(folder, "ticket")).rows_KD for folder in (whole, parts)]
         assert torch.equal(*rows), name
@@ -102,9 +103,9 @@ MISTAKES = {
     ("run_dir=model", "resume=auto"): ["model", "recipe.yaml"],
     ("run_dir=rows parts", "resume=auto", "text.train=other.jsonl"): ["text.train"],
 }
-if cluster.is_main():
+if distributed.is_rank0():
     Path("other.jsonl").write_text(Path("pairs.jsonl").read_text())
-cluster.barrier()
+distributed.barrier()
 for overrides, expected in MISTAKES.items():
     try:
         tune.run(load_recipe(Recipe, "recipe.yaml", [*COMMON, *ROWS, *overrides]))
@@ -112,14 +113,14 @@ for overrides, expected in MISTAKES.items():
         message = str(error)
     else:
         message = "no error"
-    assert len(set(cluster.gather_objects(message))) == 1
+    assert len(set(distributed.gather_objects(message))) == 1
     assert all(word in message for word in expected), (overrides, message)
 
 # A folder in which another run is at work.
 with Path("rows parts", ".lock").open("w") as lock:
-    if cluster.is_main():
+    if distributed.is_rank0():
         fcntl.flock(lock, fcntl.LOCK_EX)
-    cluster.barrier()
+    distributed.barrier()
     try:
         train("rows parts", *ROWS, "resume=auto")
         raise AssertionError("the lock was not noticed")
@@ -128,13 +129,13 @@ with Path("rows parts", ".lock").open("w") as lock:
 
 # The same file with other sentences in it.
 train("text parts", *CASES["rows"][1], stopped=True)
-if cluster.is_main():
+if distributed.is_rank0():
     first, *others = Path("pairs.jsonl").read_text().splitlines(keepends=True)
     Path("pairs.jsonl").write_text("".join([*others, first.replace("cat", "dog")]))
-cluster.barrier()
+distributed.barrier()
 try:
     train("text parts", *CASES["rows"][1], "resume=auto")
     raise AssertionError("the changed text was not noticed")
 except UserError as error:
     assert "text.train (pairs.jsonl) has changed" in str(error), error
-cluster.stop()
+distributed.shutdown()

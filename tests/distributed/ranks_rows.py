@@ -8,13 +8,12 @@ import torch
 from tiny import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ksl_ds import train_only_rows
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import dismantle, quiet_libraries
+from ksl_ds import distributed, train_only_rows
+from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 VOCABULARY, STEPS, CHOSEN = 67, 50, [3, 5, 66]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # DeepSpeed wants a CPU that is fast in fp16; a slow one computes it too.
@@ -63,7 +62,7 @@ def train(stage, precision, tied, early, offload, steps=STEPS, whole_model=False
     handle = handle or train_only_rows(engine, CHOSEN)
     shard = RowShard(weight)
     before_VD = shard.read_rows(everything)
-    generator = torch.Generator().manual_seed(cluster.rank())
+    generator = torch.Generator().manual_seed(distributed.rank())
     for _ in range(2 * steps):
         ids = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
         engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
@@ -71,7 +70,7 @@ def train(stage, precision, tied, early, offload, steps=STEPS, whole_model=False
     after_VD = shard.read_rows(everything)
     norm = engine.get_global_grad_norm()
     handle.remove()
-    dismantle(engine)
+    destroy_engine(engine)
     weights_VD = RowShard(weight).read_rows(everything)
     assert torch.equal(weights_VD[~CHOSEN_MASK], initial_VD[~CHOSEN_MASK]), (stage, precision, early)
     return before_VD, after_VD, weights_VD, norm
@@ -99,4 +98,4 @@ with unittest.mock.patch.object(deepspeed.runtime.engine, "FusedAdam", torch.opt
     check(0, "bf16", False, False, offload=False, steps=5, whole_model=True)
 # Other parameters that train along, in the same group, are none of its business.
 check(3, "fp32", False, True, offload=False, steps=5, whole_model=True)
-cluster.stop()
+distributed.shutdown()

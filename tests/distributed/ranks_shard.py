@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ksl_ds import distributed
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.ticket import measure_shift
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import sharded_shift
-from ksl_ds.sharding.engine import dismantle, quiet_libraries
+from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 
-cluster.start()
-quiet_libraries(False)
-RANKS, ZERO3 = cluster.world_size(), {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+distributed.initialize()
+set_library_verbosity(False)
+RANKS, ZERO3 = distributed.world_size(), {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 # Prime and odd sizes, a row on several ranks, more ranks than rows, one row, one column, nothing to cut.
 SHAPES = [(7, 5), (13, 11), (64, 8), (3, 101), (2, 7), (1, 1), (1, 9), (97, 1), (50, 16), (5, 3)]
 
@@ -42,14 +42,14 @@ def whole(parameter: nn.Parameter) -> torch.Tensor:
 
 def all_rows(rows_RD: torch.Tensor) -> torch.Tensor:
     """All ranks' rows together."""
-    return torch.cat(cluster.gather_objects(rows_RD))
+    return torch.cat(distributed.gather_objects(rows_RD))
 
 
 def mistake(action) -> str:
     """What an action says, which must be the same on every rank."""
     with pytest.raises(UserError) as caught:
         action()
-    (message,) = set(cluster.gather_objects(str(caught.value)))
+    (message,) = set(distributed.gather_objects(str(caught.value)))
     return message
 
 
@@ -57,7 +57,7 @@ def check(parameter: nn.Parameter, values_VD: torch.Tensor, other_VD: torch.Tens
     """Reading, writing, choosing rows and drawing through a shard of a parameter that holds values_VD."""
     num_rows = len(values_VD)
     shard = RowShard(parameter)
-    owned = cluster.gather_objects((shard.start, shard.stop))
+    owned = distributed.gather_objects((shard.start, shard.stop))
     assert [row for start, stop in owned for row in range(start, stop)] == list(range(num_rows)), owned
     read_RD = shard.read()
     assert torch.equal(bits(read_RD), bits(values_VD[shard.start : shard.stop]))
@@ -157,7 +157,7 @@ for stage, offload, precision in ENGINES:
     engine.backward(engine(torch.arange(31)).float().square().sum())
     engine.step()
     assert (shard.read_rows(torch.tensor([30])) - 1).abs().max() < 0.05, case
-    dismantle(engine)
+    destroy_engine(engine)
     assert torch.equal(shard.read(), whole(weight).float()[start:stop]), case
 
 # A row that is not finite on one rank is the same sentence on all.
@@ -172,12 +172,12 @@ for lengths in (True, False):
 
 # A collective that gives one rank another value than the others does not pass for a draw.
 shard.write(before_RD)
-honest = cluster.all_reduce
+honest = distributed.all_reduce
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     reduced = honest(tensor, op)
-    if cluster.rank() == 0 and op == dist.ReduceOp.SUM:
+    if distributed.rank() == 0 and op == dist.ReduceOp.SUM:
         reduced[0] += 1
     return reduced
 
@@ -185,7 +185,7 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 if RANKS > 1:
     with (
         pytest.raises(RuntimeError, match="the ranks disagree"),
-        unittest.mock.patch.object(cluster, "all_reduce", all_reduce),
+        unittest.mock.patch.object(distributed, "all_reduce", all_reduce),
     ):
         sharded_shift(shard, before_RD, lengths=False)
 
@@ -193,7 +193,7 @@ if RANKS > 1:
 if RANKS > 1:
     groups = [dist.new_group([rank]) for rank in range(RANKS)]
     embedding = nn.Embedding(40, 4)
-    deepspeed.zero.Init(module=embedding, data_parallel_group=groups[cluster.rank()], config_dict_or_path=ZERO3)
+    deepspeed.zero.Init(module=embedding, data_parallel_group=groups[distributed.rank()], config_dict_or_path=ZERO3)
     message = mistake(partial(RowShard, embedding.weight))
     assert "mics_shard_size" in message, message
 
@@ -210,7 +210,7 @@ for lengths, vectors in ((False, 1), (True, 3)):
     allowed = width * 4 + 2 * (RANKS - 1) / RANKS * (vectors * num_rows * 4 + 2 * 32 * 4)
     moved = max(shard.traffic.sent, shard.traffic.received)
     assert moved <= allowed, (moved, allowed)
-    totals = cluster.gather_objects((shard.traffic.sent, shard.traffic.received))
+    totals = distributed.gather_objects((shard.traffic.sent, shard.traffic.received))
     assert sum(sent for sent, _ in totals) == sum(received for _, received in totals), totals
     assert RANKS == 1 or moved > vectors * num_rows * 4, moved
-cluster.stop()
+distributed.shutdown()

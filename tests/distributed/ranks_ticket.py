@@ -6,14 +6,13 @@ import deepspeed
 import torch
 from tiny import SHAPES, random_model
 
-from ksl_ds import train_only_rows
-from ksl_ds.model.ticket_rows import TicketRows
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import dismantle, quiet_libraries
+from ksl_ds import distributed, train_only_rows
+from ksl_ds.model.row_parameter import TicketRows
+from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 VOCABULARY, STEPS = 67, 50
 TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them
 
@@ -50,7 +49,7 @@ def train(
     }
     optimizer = torch.optim.AdamW([trained], lr=0.01, weight_decay=decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    generator = torch.Generator().manual_seed(cluster.rank())
+    generator = torch.Generator().manual_seed(distributed.rank())
     losses, norms = [], []
     for micro_step in range(accumulation * steps):
         ids = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
@@ -63,11 +62,11 @@ def train(
     if mode == "rows":
         # Nothing of the matrix's size is trained: the optimizer holds this rank's part of the K rows, and padding.
         held = sum(state.numel() for state in optimizer.state.values() for state in [state["exp_avg"]])
-        assert held <= len(ticket) * 32 / cluster.world_size() + 64, held
+        assert held <= len(ticket) * 32 / distributed.world_size() + 64, held
         after_KD = rows.moved(RowShard(trained).read_rows(torch.arange(len(ticket))))
     else:
         after_KD = shard.read_rows(ticket)
-    dismantle(engine)
+    destroy_engine(engine)
     if rows is not None:
         rows.remove()
     if mode == "rows":
@@ -86,7 +85,7 @@ def compare(*case, tolerance, **options):
 
 
 # Stages 2 and 3, tied and untied, with every architecture, over the two numbers of ranks that the test starts.
-kinds = ((2, True), (3, False)) if cluster.world_size() == 2 else ((3, True),)
+kinds = ((2, True), (3, False)) if distributed.world_size() == 2 else ((3, True),)
 for architecture, (stage, tied) in itertools.product(SHAPES, kinds):
     compare(architecture, tied, stage, tolerance=1e-6)
 compare("llama", True, 0, tolerance=1e-6, steps=10)
@@ -104,4 +103,4 @@ for stage, dtype in ((3, torch.float32), (2, torch.bfloat16)):
         for mode in ("hooks", "embed tuning")
     )
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), (stage, dtype)
-cluster.stop()
+distributed.shutdown()

@@ -2,17 +2,18 @@
 
 import torch
 
-from ksl_ds.commands.stages import token_frequency
-from ksl_ds.recipe import Draw, Recipe, Settled, load_recipe
-from ksl_ds.sharding import cluster
+from ksl_ds import distributed
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Draw, EarlyStopping, Recipe
 from ksl_ds.sharding.draw import DrawMonitor
-from ksl_ds.sharding.engine import quiet_libraries
+from ksl_ds.sharding.engine import set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.loop import train
 from ksl_ds.training.run import open_run
+from ksl_ds.training.stages import token_frequency
 
-cluster.start()
-quiet_libraries(False)
+distributed.initialize()
+set_library_verbosity(False)
 recipe = load_recipe(Recipe, "recipe.yaml", ["run_dir=zero3"])
 with open_run(recipe) as run:
     embedding = run.model.get_input_embeddings().weight
@@ -38,10 +39,10 @@ with open_run(recipe) as run:
 
     plain, moments = tune(count, states)
     total = sum(parameter.ds_numel for parameter in run.model.parameters())
-    share = total / cluster.world_size()
+    share = total / distributed.world_size()
     assert len(held) == 6
     assert all(share <= elements <= 1.01 * share for elements in held), (held, share)
-    assert moments == embedding.ds_numel / cluster.world_size(), moments
+    assert moments == embedding.ds_numel / distributed.world_size(), moments
 
     # Draws at every step: the same losses to the bit, and the last ticket is the one of a draw at the end.
     def monitor(**settings) -> DrawMonitor:
@@ -62,6 +63,6 @@ with open_run(recipe) as run:
     assert all(0 <= numbers["ticket_overlap"] <= 1 and numbers["draw_seconds"] > 0 for numbers in seen)
     assert not torch.equal(rows_RD, base_RD)
 
-    settled, _ = tune(monitor(stop_when_settled=Settled(overlap=0.01, draws=2)), lambda: None)
+    settled, _ = tune(monitor(stop_when_settled=EarlyStopping(overlap=0.01, draws=2)), lambda: None)
     assert settled.steps < settled.planned_steps and settled.losses == plain.losses[: settled.steps]
-cluster.stop()
+distributed.shutdown()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import SENTENCES, make_model_folder, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ksl_ds.lottery.certificate import clopper_pearson
+from ksl_ds.certificate.criterion import clopper_pearson
 from ksl_ds.lottery.pvalues import critical_count
 from ksl_ds.lottery.ticket import draw_ticket
 from ksl_ds.model.folder import ModelFolder, write_model, write_model_with_rows

@@ -11,10 +11,12 @@ from deepspeed.accelerator import get_accelerator
 from tiny import make_model_folder, write_pairs
 
 from ksl_ds.commands import check
-from ksl_ds.commands.check import Checklist
+from ksl_ds.config.load import load_recipe, save_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import ModelFolder
-from ksl_ds.recipe import Recipe, load_recipe, save_recipe
+from ksl_ds.preflight import checks
+from ksl_ds.preflight.checks import Checklist
 from ksl_ds.report import tracking
 from ksl_ds.sharding.engine import deepspeed_config
 from ksl_ds.training.inputs import inputs_of, record_inputs
@@ -98,8 +100,8 @@ def test_what_is_missing_is_named(job, capsys, monkeypatch, words, what, said):
 
 
 def test_a_full_disk_and_too_little_memory(job, capsys, monkeypatch):
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    monkeypatch.setattr(check, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(checks, "_device_memory", lambda: 10_000)
     shown = lines(capsys)
     assert failed(shown) == ["memory", "memory", "disk"]  # the training, and the whole model while translating
     assert any("gradient_checkpointing=true" in line for line in shown)

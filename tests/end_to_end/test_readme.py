@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from ksl_ds import recipe as recipes
 from ksl_ds.cli import COMMANDS, SCHEMA, main
-from ksl_ds.recipe import Recipe, dotted_keys, load_recipe
+from ksl_ds.config import schema as recipes
+from ksl_ds.config.load import dotted_keys, load_recipe, shipped_file
+from ksl_ds.config.schema import Recipe
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").rglob("*.yaml"))
@@ -53,7 +54,7 @@ def test_something_is_shipped_and_written_down():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_shipped_recipe_fits_the_code_and_says_how_to_run_it(path):
     recipe = load_recipe(Recipe, str(path), [])
-    assert recipes.shipped_file(recipe.deepspeed, "ds_configs").is_file()
+    assert shipped_file(recipe.deepspeed, "ds_configs").is_file()
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert head.startswith("#") and "ksl_ds" in head
 
@@ -63,7 +64,7 @@ def test_recipes_and_configurations_are_found_without_the_repository(tmp_path, m
     for path in RECIPES:
         load_recipe(Recipe, path.name, [])
     for path in CONFIGS:
-        assert json.loads(recipes.shipped_file(path.name, "ds_configs").read_text()) == json.loads(path.read_text())
+        assert json.loads(shipped_file(path.name, "ds_configs").read_text()) == json.loads(path.read_text())
 
 
 def test_recipes_in_the_readme_fit_the_code(tmp_path):

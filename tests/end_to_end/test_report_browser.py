@@ -19,8 +19,8 @@ from synthetic_certificate import COUNTEREXAMPLES, candidate
 from synthetic_comparison import write_comparison
 from synthetic_run import report_contents
 
-from ksl_ds.commands.comparison import finish
-from ksl_ds.report import certificate
+from ksl_ds.certificate import report as certificate
+from ksl_ds.comparison.results import finish
 from ksl_ds.report.html import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

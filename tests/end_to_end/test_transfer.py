@@ -13,10 +13,10 @@ from tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
 from ksl_ds.commands import transfer
+from ksl_ds.config.schema import TransferCommand
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
 from ksl_ds.model.folder import ModelFolder, token_strings, write_model
-from ksl_ds.recipe import TransferCommand
 
 IDS = [3, 17, 64, 130]
 

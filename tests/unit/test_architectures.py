@@ -8,13 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ksl_ds.commands import estimate
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
+from ksl_ds.estimate.memory import MethodCost
 from ksl_ds.model import dry_run
 from ksl_ds.model.adapters import ALL_LINEAR, adapter_config, with_adapter
 from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, step_bytes
 from ksl_ds.model.methods import prepare_method
-from ksl_ds.recipe import EstimateCommand, Recipe, load_recipe
-from ksl_ds.sharding.estimate import Method
 
 FEW = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # names of a config's depth
 
@@ -88,7 +89,7 @@ def test_a_dry_run_ends_at_its_deadline_and_is_not_tried_again(monkeypatch):
 def test_architectures_with_attention_of_their_own_are_measured():
     for model_type in ("falcon", "gptj", "gpt_neo"):
         method = plan_for(shallow(model_type)).method("embed", checkpointing=False)
-        assert isinstance(method, Method) and method.working > 0, model_type
+        assert isinstance(method, MethodCost) and method.working > 0, model_type
 
 
 def recipe_of(*words: str) -> Recipe:

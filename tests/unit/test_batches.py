@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ksl_ds.errors import UserError
 from ksl_ds.text.batches import (
-    IGNORED,
+    IGNORE_INDEX,
     BatchOrder,
-    Example,
     check_positions,
     collate_prompts,
     collate_training,
@@ -25,7 +24,7 @@ from ksl_ds.text.batches import (
     response_tokens,
 )
 from ksl_ds.text.corpus import Corpus, Pair
-from ksl_ds.text.prompt import Prompt
+from ksl_ds.text.prompt import Example, Prompt
 
 SIZE = st.integers(1, 40)
 PAD = 2  # the end token too, as in many models
@@ -95,19 +94,19 @@ def test_labels_are_the_response_by_position_though_pad_is_the_end_token():
     ]
     assert batch["attention_mask"].sum(dim=1).tolist() == [5, 5, 7]
     assert batch["labels"].tolist() == [
-        [IGNORED, IGNORED, IGNORED, 8, PAD, IGNORED, IGNORED],
-        [IGNORED, 9, 10, 11, PAD, IGNORED, IGNORED],
-        [IGNORED] * 6 + [PAD],
+        [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 8, PAD, IGNORE_INDEX, IGNORE_INDEX],
+        [IGNORE_INDEX, 9, 10, 11, PAD, IGNORE_INDEX, IGNORE_INDEX],
+        [IGNORE_INDEX] * 6 + [PAD],
     ]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert response_tokens(EXAMPLES) == int((batch["labels"] != IGNORED).sum()) == 7
+    assert response_tokens(EXAMPLES) == int((batch["labels"] != IGNORE_INDEX).sum()) == 7
 
 
 def test_an_empty_micro_batch_runs_and_counts_for_nothing():
     batch = collate_training([], PAD)
     assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].numel() > 0
     assert batch["input_ids"].dtype == torch.int64
-    assert (batch["labels"] == IGNORED).all() and (batch["attention_mask"] == 1).all()
+    assert (batch["labels"] == IGNORE_INDEX).all() and (batch["attention_mask"] == 1).all()
     assert response_tokens([]) == 0
 
 

@@ -11,16 +11,11 @@ from html_requests import Page
 from scipy import stats
 from synthetic_certificate import COUNTEREXAMPLES, candidate
 
-from ksl_ds.lottery import certificate
-from ksl_ds.lottery.certificate import LEAST_SENTENCES, agreement, certified, clopper_pearson, untuned_tokens
+from ksl_ds.certificate import criterion as certificate
+from ksl_ds.certificate.criterion import MIN_SENTENCES, agreement, certified, clopper_pearson, untuned_tokens
+from ksl_ds.certificate.report import certificate_curves, certificate_reading, certificate_table, counterexamples_html
 from ksl_ds.lottery.pvalues import critical_count
 from ksl_ds.lottery.selection import select_alpha
-from ksl_ds.report.certificate import (
-    certificate_curves,
-    certificate_reading,
-    certificate_table,
-    counterexamples_html,
-)
 from ksl_ds.report.plots import svg
 
 
@@ -77,11 +72,11 @@ def test_agreement_counts_tokens_and_sentences():
 
 
 def test_an_interval_comes_with_the_sentences_for_it():
-    for sentences in (LEAST_SENTENCES - 1, LEAST_SENTENCES):
+    for sentences in (MIN_SENTENCES - 1, MIN_SENTENCES):
         found = agreement(torch.ones(2 * sentences, dtype=torch.bool), torch.full((sentences,), 2))
-        assert (found.interval is None) == (sentences < LEAST_SENTENCES)
+        assert (found.interval is None) == (sentences < MIN_SENTENCES)
     # What LEAST_SENTENCES says of itself.
-    low, high = clopper_pearson(LEAST_SENTENCES // 2, LEAST_SENTENCES)
+    low, high = clopper_pearson(MIN_SENTENCES // 2, MIN_SENTENCES)
     assert 0.37 < high - low < 0.38
 
 

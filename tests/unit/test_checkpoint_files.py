@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from mutations import FILES_OF_OTHER_KINDS, REMOVED, changed
 
-from ksl_ds.sharding.checkpoint import MANIFEST, STATE, Checkpoints, file_sha256
+from ksl_ds.files import file_sha256
+from ksl_ds.sharding.checkpoint import MANIFEST, STATE, Checkpoints
 
 
 class NoTraining:

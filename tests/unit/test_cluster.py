@@ -8,15 +8,15 @@ import sys
 import pytest
 from conftest import run, succeeds
 
+from ksl_ds import distributed
 from ksl_ds.cli import main
 from ksl_ds.errors import MistakeOfThisRank
-from ksl_ds.sharding import cluster
 
 START = """
 import os
 from pathlib import Path
 
-from ksl_ds.sharding import cluster
+from ksl_ds import distributed
 
 cluster.start()
 assert list(Path("/dev/shm").glob(f"deepspeed*_{os.environ['MASTER_PORT']}_*")) == []
@@ -38,7 +38,7 @@ def test_fault_a_compile_was_killed_and_there_is_no_compiler(tmp_path):
 @pytest.fixture
 def environment(monkeypatch):
     def make(words: str) -> None:
-        for name in cluster.LAUNCH_VARIABLES:
+        for name in distributed.LAUNCH_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for word in words.split():
             monkeypatch.setenv(*word.split("="))
@@ -67,7 +67,7 @@ def environment(monkeypatch):
 def test_an_environment_that_makes_no_job_is_one_sentence(words, named, environment):
     environment(words)
     with pytest.raises(MistakeOfThisRank, match="torchrun") as raised:
-        cluster._check_launch()
+        distributed._check_launch()
     assert named in str(raised.value)
 
 
@@ -76,13 +76,13 @@ def test_an_environment_that_makes_no_job_is_one_sentence(words, named, environm
 )
 def test_what_surrounds_one_process_does_not_matter(words, environment):
     environment(words)
-    cluster._check_launch()
-    assert not any(name in os.environ for name in cluster.LAUNCH_VARIABLES)
+    distributed._check_launch()
+    assert not any(name in os.environ for name in distributed.LAUNCH_VARIABLES)
 
 
 def test_what_a_launcher_sets_is_taken(environment):
     environment("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=29500")
-    cluster._check_launch()
+    distributed._check_launch()
     assert os.environ["RANK"] == "3"
 
 

@@ -14,23 +14,18 @@ from synthetic_comparison import REFERENCES, good, perfect, poor, rambling, writ
 from synthetic_run import STAGES
 
 from ksl_ds.cli import main
-from ksl_ds.commands import compare
-from ksl_ds.commands.comparison import finish
-from ksl_ds.commands.entries import (
-    Entry,
-    differs,
-    entries_of,
-    finished,
-    home_of,
-    scored_by_lottery,
-    seeds_of,
-)
+from ksl_ds.commands.compare import run as run_compare
+from ksl_ds.comparison import runner
+from ksl_ds.comparison import tables as report
+from ksl_ds.comparison.entries import Entry, comparison_dir, differs, entries_of, finished, scored_by_lottery, seeds_of
+from ksl_ds.comparison.results import finish
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
+from ksl_ds.files import write_json
 from ksl_ds.lottery.shift import Shift
-from ksl_ds.recipe import Recipe, load_recipe
-from ksl_ds.report import comparison as report
 from ksl_ds.report.tables import size
-from ksl_ds.report.tracking import hardware_and_versions, write_json
 from ksl_ds.text.significance import paired_bootstrap
 
 BASE = ["run_dir=runs/x", "model.path=m", "text.train=t.jsonl", "text.test=t.jsonl"]
@@ -138,7 +133,7 @@ def test_a_lotterys_stages_serve_for_its_seed_and_its_alpha(tmp_path):
     }
     write_json(run_dir / "results.json", results)
     (run_dir / "recipe.yaml").write_text("")
-    home = home_of(whole)
+    home = comparison_dir(whole)
     assert home == run_dir / "compare"
 
     def serves(entry: Entry, seed: int = 0, asked: Recipe = whole) -> bool:
@@ -157,8 +152,8 @@ def test_a_lotterys_stages_serve_for_its_seed_and_its_alpha(tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="neither a comparison nor a finished run"):
-        home_of(recipe(f"run_dir={tmp_path}"))
-    assert home_of(recipe(f"run_dir={tmp_path / 'new'}")) == tmp_path / "new"
+        comparison_dir(recipe(f"run_dir={tmp_path}"))
+    assert comparison_dir(recipe(f"run_dir={tmp_path / 'new'}")) == tmp_path / "new"
 
 
 # --- rows ---
@@ -171,23 +166,23 @@ def shift_of(counts: list[int], num_samples: int = 576) -> Shift:
 
 def test_controls_take_as_many_rows_as_the_ticket_or_as_they_are_told():
     shift = shift_of([50, 48, 47, 40, 29, 0])  # alpha .05 needs k >= 47, .5 needs 29
-    assert compare.rows_of_controls(recipe(), shift) == 3
-    assert compare.rows_of_controls(recipe("draw.alpha=.5"), shift) == 5
-    assert compare.rows_of_controls(recipe("compare.rows=2"), shift) == 2
-    assert compare.rows_of_controls(recipe("draw.top_k=4"), shift_of([3, 2, 1, 0])) == 4
+    assert runner.rows_of_controls(recipe(), shift) == 3
+    assert runner.rows_of_controls(recipe("draw.alpha=.5"), shift) == 5
+    assert runner.rows_of_controls(recipe("compare.rows=2"), shift) == 2
+    assert runner.rows_of_controls(recipe("draw.top_k=4"), shift_of([3, 2, 1, 0])) == 4
 
 
-def planned(monkeypatch, shift: Shift, whole: Recipe) -> tuple[compare.Comparison, list[str]]:
+def planned(monkeypatch, shift: Shift, whole: Recipe) -> tuple[runner.Comparison, list[str]]:
     """A comparison after embed tuning with seed 0; the keys that were really run are listed."""
     ran: list[str] = []
-    monkeypatch.setattr(compare, "_found", lambda entry, *more: {"key": entry.key} if entry.key in ran else None)
-    monkeypatch.setattr(compare, "_run_entry", lambda comparison, entry, seed, wanted: ran.append(entry.key))
-    comparison = compare.Comparison(whole, Path("runs/x"))
+    monkeypatch.setattr(runner, "_found", lambda entry, *more: {"key": entry.key} if entry.key in ran else None)
+    monkeypatch.setattr(runner, "_run_entry", lambda comparison, entry, seed, wanted: ran.append(entry.key))
+    comparison = runner.Comparison(whole, Path("runs/x"))
     comparison.outcomes["embed_tuning"] = {0: {"folder": "runs/embed_tuning-seed0"}}
     comparison.shifts[0] = shift
     for entry in entries_of(whole.compare):
         if entry.method != "embed":
-            outcome = compare._outcome(comparison, entry, 0)
+            outcome = runner._outcome(comparison, entry, 0)
             comparison.outcomes.setdefault(entry.key, {})[0] = outcome
     return comparison, ran
 
@@ -221,13 +216,13 @@ def test_without_embed_tuning_what_needs_it_fails_and_the_rest_goes_on(monkeypat
             raise UserError("the loss of step 1 is nan")
         ran.append(entry.key)
 
-    monkeypatch.setattr(compare, "_run_entry", run_entry)
-    monkeypatch.setattr(compare, "_found", lambda entry, *more: {"key": entry.key} if entry.key in ran else None)
-    monkeypatch.setattr(compare, "finish", lambda *arguments: None)
+    monkeypatch.setattr(runner, "_run_entry", run_entry)
+    monkeypatch.setattr(runner, "_found", lambda entry, *more: {"key": entry.key} if entry.key in ran else None)
+    monkeypatch.setattr(runner, "finish", lambda *arguments: None)
     with pytest.raises(
         UserError, match=r"2 of 4 entries failed: embed tuning \(seed 0\), partial tuning alpha 0.5 \(s"
     ):
-        compare.run(recipe("compare.methods=[embed,ticket,newline,lora]", "compare.alphas=[.5]", "compare.seeds=0"))
+        run_compare(recipe("compare.methods=[embed,ticket,newline,lora]", "compare.alphas=[.5]", "compare.seeds=0"))
     assert ran == ["one_row:_newline", "lora"]
 
 
@@ -247,13 +242,13 @@ def test_one_row_is_the_token_that_the_text_really_has():
     opened = SimpleNamespace(tokenizer=Tokenizer(), prompts=[[7, 8], [7, 9]])
     frequency_V = torch.zeros(30000, dtype=torch.int64)
     frequency_V[[13, 7]] = 5
-    assert compare.single_row("newline", opened, frequency_V) == 13
-    assert compare.single_row("first_prompt_token", opened, frequency_V) == 7
-    with pytest.raises(compare.UnavailableRow, match=r"bos \(1\) does not occur"):
-        compare.single_row("bos", opened, frequency_V)
+    assert runner.single_row("newline", opened, frequency_V) == 13
+    assert runner.single_row("first_prompt_token", opened, frequency_V) == 7
+    with pytest.raises(runner.UnavailableRow, match=r"bos \(1\) does not occur"):
+        runner.single_row("bos", opened, frequency_V)
     opened.tokenizer.bos_token_id = None
-    with pytest.raises(compare.UnavailableRow, match="no token for bos"):
-        compare.single_row("bos", opened, frequency_V)
+    with pytest.raises(runner.UnavailableRow, match="no token for bos"):
+        runner.single_row("bos", opened, frequency_V)
 
 
 # --- significance ---
@@ -425,7 +420,7 @@ def test_the_report_holds_tables_words_figures_and_samples(compared):
 
 def test_a_test_text_of_few_sentences_gets_no_bootstrap(tmp_path, monkeypatch):
     written = write_comparison(tmp_path / "x")
-    monkeypatch.setattr(report, "FEWEST_SENTENCES", 41)
+    monkeypatch.setattr(report, "MIN_SENTENCES", 41)
     finish(*written)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     assert results["comparison"]["tests"] == {}
@@ -451,8 +446,8 @@ def test_an_entry_with_another_base_model_is_refused(tmp_path):
         (tmp_path / name / "inputs.json").write_text(json.dumps({**parts, "weights": {"embed.weight": digest}}))
     (tmp_path / "before").mkdir()  # by a version that recorded nothing
     outcomes = {"untuned": {0: {"folder": "before"}}, "lora": {0: {"missing": "it"}, 1: {"folder": "old"}}}
-    comparison = compare.Comparison(recipe(), tmp_path, outcomes)
-    compare._check_same_model(comparison, tmp_path / "same")
+    comparison = runner.Comparison(recipe(), tmp_path, outcomes)
+    runner._check_same_model(comparison, tmp_path / "same")
     with pytest.raises(UserError, match=r"the model m has changed since .*old was run \(embed.weight differs\)"):
-        compare._check_same_model(comparison, tmp_path / "changed")
+        runner._check_same_model(comparison, tmp_path / "changed")
     assert not (tmp_path / "changed" / "inputs.json").exists() and (tmp_path / "old" / "inputs.json").exists()

@@ -14,8 +14,8 @@ import datasets
 import pandas
 import pytest
 
+from ksl_ds.config.schema import Text
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Text
 from ksl_ds.text.corpus import Corpus, Pair, load_corpus, one_line, read_po
 
 PAIRS = [

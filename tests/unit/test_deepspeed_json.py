@@ -7,11 +7,11 @@ import json
 import pytest
 from conftest import REPOSITORY
 
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe
+from ksl_ds.estimate.memory import Zero
 from ksl_ds.sharding import deepspeed_json
 from ksl_ds.sharding.engine import check_precision, deepspeed_config, read_config
-from ksl_ds.sharding.estimate import Zero
 
 ZERO = "zero_optimization"
 

@@ -11,12 +11,13 @@ from tiny import make_model_folder
 from torch import nn
 
 from ksl_ds.commands import estimate
-from ksl_ds.commands.estimate import METHODS, plan_of
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
+from ksl_ds.estimate.memory import MethodCost, ModelDims, Zero, first_true, min_ranks, rank_needs
+from ksl_ds.estimate.plan import METHODS, Plan, plan_of
 from ksl_ds.model import dry_run
 from ksl_ds.model.dry_run import SHAPES_FILE, LiveBytes, meta_model, model_config, step_bytes
-from ksl_ds.recipe import EstimateCommand, Recipe, load_recipe
-from ksl_ds.sharding.estimate import Method, Training, Zero, fewest_ranks, first_true, rank_needs
 
 # Of the published checkpoints, tied heads counted once.
 PARAMETERS = {
@@ -34,7 +35,7 @@ PARAMETERS = {
 }
 
 
-def plan(model: str, *words: str, **settings) -> estimate.Plan:
+def plan(model: str, *words: str, **settings) -> Plan:
     words = ["run_dir=x", f"model.path={model}", "text.max_length=64", "training.micro_batch_size=2", *words]
     return plan_of(load_recipe(Recipe, None, ["method=lora", *words]), **settings)
 
@@ -110,8 +111,8 @@ def test_the_dry_run_of_one_linear_layer_by_hand():
 def test_needs_by_hand():
     """A 7-row embedding of width 10 and a norm of 10 that stays whole, on 2 and 4 ranks of ZeRO-3 in bf16."""
     zero = Zero(stage=3, reduce_bucket_size=100, prefetch_bucket_size=0, persistence_threshold=10, max_reuse_distance=0)
-    training = Training(weight_bytes=2, vocab_size=7, width=10)
-    method = Method("embed", trained=[70], frozen=[10, 200], working=1000, snapshots=True)
+    training = ModelDims(weight_bytes=2, vocab_size=7, width=10)
+    method = MethodCost("embed", trained=[70], frozen=[10, 200], working=1000, snapshots=True)
     needs = rank_needs(method, training, zero, 4)
     assert needs.weights == 2 * (18 + 3 + 50 + 10)
     assert needs.gradients == 2 * 18 and needs.optimizer == 12 * 18 and needs.step == 8 * 18
@@ -127,13 +128,13 @@ def test_needs_by_hand():
 
 
 def test_fewest_ranks_is_the_first_that_fits():
-    zero, training = Zero(stage=3, reduce_bucket_size=0), Training(2, 1000, 64)
-    method = Method("full", trained=[10**9] * 8, frozen=[], working=10**9)
+    zero, training = Zero(stage=3, reduce_bucket_size=0), ModelDims(2, 1000, 64)
+    method = MethodCost("full", trained=[10**9] * 8, frozen=[], working=10**9)
     for memory in (5 * 10**9, 20 * 10**9, 200 * 10**9):
-        fewest = fewest_ranks(method, training, zero, memory)
+        fewest = min_ranks(method, training, zero, memory)
         by_trying = next((n for n in range(1, 2000) if rank_needs(method, training, zero, n).device <= memory), None)
         assert fewest == by_trying
-    assert fewest_ranks(method, training, zero, 10**9) is None
+    assert min_ranks(method, training, zero, 10**9) is None
     assert first_true(lambda n: n >= 1, 9) == 1 and first_true(lambda n: n >= 9, 9) == 9
 
 
@@ -148,13 +149,13 @@ def deepspeeds_estimate(parameters: int, gpus: int) -> int:
 def test_deepspeeds_own_estimator_agrees_where_everything_trains_and_nowhere_else():
     """It has 18 bytes for every parameter: 16 are held all the time, 20 while the optimizer steps; frozen ones need 2."""
     zero, total = Zero(stage=3, persistence_threshold=0), PARAMETERS["llama-3-70b"]
-    training = Training(2, 128_256, 8_192)
+    training = ModelDims(2, 128_256, 8_192)
     theirs = deepspeeds_estimate(total, gpus=8)
-    full = rank_needs(Method("full", [total], [], 0), training, zero, 8)
+    full = rank_needs(MethodCost("full", [total], [], 0), training, zero, 8)
     held = full.weights + full.gradients + full.optimizer
     assert held == pytest.approx(theirs, rel=0.12) and held + 4 * total / 8 == pytest.approx(theirs, rel=0.12)
     assert theirs == pytest.approx(158.7e9, rel=0.01)
-    rows = rank_needs(Method("ticket, rows", [18 * 8_192], [total], 0), training, zero, 8)
+    rows = rank_needs(MethodCost("ticket, rows", [18 * 8_192], [total], 0), training, zero, 8)
     assert rows.weights + rows.gradients + rows.optimizer == pytest.approx(17.6e9, rel=0.01)
     # Of a model that zero.Init has partitioned it sees nothing at all.
     from deepspeed.runtime.zero.stage3 import model_to_params

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ksl_ds.errors import UserError
 from ksl_ds.model import folder as folder_module
-from ksl_ds.model import shards as shards_module
+from ksl_ds.model import safetensors_io as shards_module
 from ksl_ds.model.folder import (
     ModelFolder,
     local_folder,

@@ -15,12 +15,13 @@ from tickets import IDS, random_matrix, same, shifted
 from tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
-from ksl_ds.commands import draw, stages, transfer
+from ksl_ds.commands import draw, transfer
+from ksl_ds.config.schema import DrawCommand, TransferCommand
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
 from ksl_ds.model.adapters import save_adapter
 from ksl_ds.model.folder import ModelFolder, write_model_with_rows
-from ksl_ds.recipe import DrawCommand, TransferCommand
+from ksl_ds.training import stages
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from html_requests import Page
 from matplotlib import rcParams
 from synthetic_run import SAMPLES, STAGES, D, metrics, report_contents
 
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe
 from ksl_ds.report import html, plots
 from ksl_ds.report.html import Section, reading, what_was_run, write_report
 from ksl_ds.report.tables import ticket_rows

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ksl_ds.errors import UserError
 from ksl_ds.text import chat
-from ksl_ds.text.batches import Example, encode_corpus
+from ksl_ds.text.batches import encode_corpus
 from ksl_ds.text.corpus import Corpus, Pair
-from ksl_ds.text.prompt import AT_ONCE, CHAT_MESSAGE, NO_PROMPT, SPECIAL_IN_TEXT, TEMPLATES, Prompt
+from ksl_ds.text.prompt import AT_ONCE, CHAT_MESSAGE, NO_PROMPT, SPECIAL_IN_TEXT, TEMPLATES, Example, Prompt
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 CHATML = (

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import REPOSITORY
 
-from ksl_ds.recipe import Text
+from ksl_ds.config.schema import Text
 from ksl_ds.text.corpus import Pair, load_corpus, read_po
 
 SCRIPT = REPOSITORY / "launch" / "quickstart_inputs.py"

@@ -15,18 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksl_ds import cli, recipe
+from ksl_ds import cli
+from ksl_ds.config import schema as recipe
+from ksl_ds.config.load import dotted_keys, load_recipe, save_recipe, shipped_file
+from ksl_ds.config.schema import DrawCommand, EstimateCommand, Recipe, TransferCommand
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import (
-    DrawCommand,
-    EstimateCommand,
-    Recipe,
-    TransferCommand,
-    dotted_keys,
-    load_recipe,
-    save_recipe,
-    shipped_file,
-)
 from ksl_ds.sharding.engine import read_config
 
 LEAST = ["run_dir=r", "model.path=m"]

@@ -16,18 +16,19 @@ from synthetic_comparison import perfect, write_comparison, write_run
 from synthetic_run import metrics
 
 from ksl_ds.cli import main
-from ksl_ds.commands.comparison import finish, show_file
-from ksl_ds.commands.entries import Entry, finished, scored_by_lottery
+from ksl_ds.comparison import tables as report
+from ksl_ds.comparison.entries import Entry, finished, scored_by_lottery
+from ksl_ds.comparison.results import finish, show_file
+from ksl_ds.config.load import load_recipe, save_recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.shift import Shift, load_shift, save_shift
-from ksl_ds.recipe import Recipe, load_recipe, save_recipe
-from ksl_ds.report import comparison as report
 from ksl_ds.report import plots
 from ksl_ds.report.html import environment_table, reading, what_was_run
 from ksl_ds.report.records import read_comparison, read_metrics, read_results
 from ksl_ds.report.tables import stage_table
 from ksl_ds.report.tracking import Tracker
-from ksl_ds.training.run import results_before
+from ksl_ds.training.run import previous_results
 
 LOOKED_AT = [(), ("seed",), ("text",), ("draw",), ("text", "seed"), ("draw", "alpha"), ("draw", "every")]
 
@@ -104,7 +105,7 @@ def test_results_of_a_run(run_dir, monkeypatch):
         """What resume, compare, certify and the report do with it."""
         scored_by_lottery(Entry("untuned"), folder, wanted)
         finished(entry, folder, wanted)
-        results = results_before(folder, wanted)
+        results = previous_results(folder, wanted)
         assert results == json.loads((folder / "results.json").read_text())
         stages = results["baselines"] | results["stages"]
         stage_table(stages)
@@ -135,7 +136,7 @@ def test_the_sentence_names_file_and_key(run_dir):
     ):
         (folder / "results.json").write_text(json.dumps(changed(content, place, replacement)))
         with pytest.raises(UserError) as error:
-            results_before(folder, wanted)
+            previous_results(folder, wanted)
         message = str(error.value)
         assert message.startswith(f"{folder / 'results.json'}: {said}"), message
         assert message.endswith("; the file was changed or is of another kind")
@@ -146,7 +147,7 @@ def test_results_of_a_comparison_are_no_run_to_resume(run_dir):
     content = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps(content | {"comparison": {}}))
     with pytest.raises(UserError, match=r"results\.json is of a comparison, not of a run"):
-        results_before(folder, wanted)
+        previous_results(folder, wanted)
 
 
 @pytest.fixture
@@ -159,8 +160,8 @@ def small_comparison(tmp_path: Path) -> Path:
 
 
 def test_results_of_a_comparison(small_comparison, monkeypatch):
-    monkeypatch.setattr("ksl_ds.commands.comparison.print_table", lambda table: None)
-    monkeypatch.setattr("ksl_ds.sharding.cluster.say", lambda text: None)
+    monkeypatch.setattr("ksl_ds.comparison.results.print_table", lambda table: None)
+    monkeypatch.setattr("ksl_ds.distributed.say", lambda text: None)
 
     def use() -> None:
         show_file(small_comparison)
@@ -246,7 +247,7 @@ def test_a_recorded_recipe(run_dir):
     path = folder / "recipe.yaml"
 
     def use() -> None:
-        results_before(folder, wanted)
+        previous_results(folder, wanted)
 
     use()
     content = yaml.safe_load(path.read_text())
@@ -303,4 +304,4 @@ def test_a_run_folder_that_is_only_begun_is_resumed(run_dir):
     folder, wanted, _ = run_dir
     (folder / "results.json").unlink()
     (folder / "metrics.jsonl").unlink()
-    assert results_before(folder, wanted) is None and read_results(folder) is None
+    assert previous_results(folder, wanted) is None and read_results(folder) is None

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ksl_ds.recipe import EmbedTuning
+from ksl_ds.config.schema import EmbedTuning
 from ksl_ds.sharding.engine import adamw
 from ksl_ds.training.loop import learning_rates
 

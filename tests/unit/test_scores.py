@@ -15,8 +15,8 @@ from tiny import SENTENCES, make_model_folder, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from ksl_ds.config.schema import Evaluation
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Evaluation
 from ksl_ds.text import scores as scores_module
 from ksl_ds.text.prompt import Prompt
 from ksl_ds.text.scores import Scores, check_tokenizer, first_line, score, write_translations

@@ -9,10 +9,10 @@ import pytest
 from conftest import REPOSITORY
 from tiny import make_model_folder
 
+from ksl_ds.config.schema import Model
 from ksl_ds.errors import UserError
 from ksl_ds.model.dry_run import meta_model, model_config
 from ksl_ds.model.load import open_folder
-from ksl_ds.recipe import Model
 
 CODE = """
 import pathlib

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ksl_ds.commands import stages
+from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe
+from ksl_ds.training import stages
 
 
 @pytest.mark.parametrize(("ticket_ids", "fits"), [([3, 5], True), ([3, 6], False), ([3], False)])

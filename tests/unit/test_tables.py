@@ -9,9 +9,9 @@ import re
 import pytest
 from synthetic_run import STAGES
 
+from ksl_ds import distributed
 from ksl_ds.report import tables
 from ksl_ds.report.tables import print_table, stage_table, ticket_rows, ticket_table, visible
-from ksl_ds.sharding import cluster
 
 
 class Terminal(io.StringIO):
@@ -97,7 +97,7 @@ def test_a_narrow_terminal_loses_optional_columns_from_the_right_never_digits(mo
 
 
 def test_only_rank_0_prints(monkeypatch):
-    monkeypatch.setattr(cluster, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "is_rank0", lambda: False)
     assert printed(stage_table(STAGES)) == ""
 
 

@@ -8,7 +8,7 @@ from peft import TrainableTokensConfig, get_peft_model
 from tiny import SHAPES, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ksl_ds.model.ticket_rows import TicketRows
+from ksl_ds.model.row_parameter import TicketRows
 
 VOCABULARY, WIDTH = 67, 32
 TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them

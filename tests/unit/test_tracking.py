@@ -22,11 +22,13 @@ from conftest import ENVIRONMENT
 from matplotlib.figure import Figure
 from wandb.proto import wandb_internal_pb2
 
+from ksl_ds import distributed
+from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import Recipe
+from ksl_ds.files import write_json
 from ksl_ds.report import tracking
-from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json, write_text
-from ksl_ds.sharding import cluster
+from ksl_ds.report.tracking import Tracker, write_text
 
 KEY = "5ecret" + "0123456789" * 4
 
@@ -104,7 +106,7 @@ def test_a_resumed_run_appends(run_dir):
 
 
 def test_other_ranks_do_nothing(run_dir, monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "is_rank0", lambda: False)
     with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
         tracker.log("embed_tuning", 1, loss=1.0)
         tracker.figure("curve", Figure())
@@ -115,7 +117,7 @@ def test_other_ranks_do_nothing(run_dir, monkeypatch, capsys):
 OFFLINE_RUN = """
 from pathlib import Path
 from matplotlib.figure import Figure
-from ksl_ds.recipe import Recipe
+from ksl_ds.config.schema import Recipe
 from ksl_ds.report.tracking import Tracker
 
 recipe = Recipe(run_dir="run")

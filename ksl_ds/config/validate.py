@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 
+from ksl_ds.config.schema import METHODS, NEEDS_EMBED, Compare, Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import METHODS, NEEDS_EMBED, Compare, Recipe
 
 TUNINGS = ("embed_tuning", "partial_tuning", "full_tuning", "lora", "prefix")
 

@@ -79,7 +79,7 @@ class Zero:
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodCost:
     """What a method trains: elements of each trained and of each frozen parameter, and the dry run's peak."""
 
     name: str
@@ -92,7 +92,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Training:
+class ModelDims:
     """The rest of what the arithmetic needs."""
 
     weight_bytes: int  # of one element: 2 or 4
@@ -121,7 +121,7 @@ class Needs:
     on_host: frozenset[str] = field(default_factory=frozenset)  # the kinds that are offloaded
 
 
-def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Needs:
+def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) -> Needs:
     """The needs of each of `ranks` ranks; see the file's docstring for the formulas."""
     b, sharded = training.weight_bytes, zero.stage == 3
     everything = [*method.trained, *method.frozen]
@@ -176,12 +176,12 @@ def rank_needs(method: Method, training: Training, zero: Zero, ranks: int) -> Ne
     )
 
 
-def fits(needs: Needs, training: Training, memory: int) -> bool:
+def fits(needs: Needs, training: ModelDims, memory: int) -> bool:
     """Whether a GPU of `memory` bytes holds a rank."""
     return needs.device + training.reserved <= memory
 
 
-def fewest_ranks(method: Method, training: Training, zero: Zero, memory: int) -> int | None:
+def min_ranks(method: MethodCost, training: ModelDims, zero: Zero, memory: int) -> int | None:
     """The smallest number of ranks of `memory` bytes that each hold their part; None where no number does."""
 
     def enough(ranks: int) -> bool:

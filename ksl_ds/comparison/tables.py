@@ -22,7 +22,7 @@ from ksl_ds.report.html import known, learned_to_stop
 from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size, stage_name
 
 LEVEL = 0.05
-FEWEST_SENTENCES = 30  # of a test text that resampling can say something about
+MIN_SENTENCES = 30  # of a test text that resampling can say something about
 BASELINES = ("embed_tuning", "full_tuning", "untuned")
 WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
 SPREAD_NOTE = "± is the standard deviation over {} seeds."
@@ -191,9 +191,7 @@ def readings(results: Results) -> list[str]:
             if said:
                 sentences.append(f"{name} against {stage_name(baseline)}: {'; '.join(said)}.")
     if not comparison["tests"]:
-        sentences.append(
-            f"With fewer than {FEWEST_SENTENCES} test sentences no bootstrap says anything: none was made."
-        )
+        sentences.append(f"With fewer than {MIN_SENTENCES} test sentences no bootstrap says anything: none was made.")
     stages, untuned = results["stages"], results["stages"].get("untuned", {})
     trained = [key for key in comparison["order"] if key in stages and key != "untuned"]
     sentences += [

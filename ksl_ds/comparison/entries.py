@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ksl_ds.config.load import differing_keys
+from ksl_ds.config.schema import NEEDS_EMBED, Compare, Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.recipe import NEEDS_EMBED, Compare, Recipe, differing_keys
+from ksl_ds.files import clean
 from ksl_ds.report.records import read_results
-from ksl_ds.report.tracking import clean
 
 # method of `compare.methods`: (the entry's key, the stage that its run scores)
 ENTRIES = {
@@ -120,7 +121,7 @@ def seeds_of(entry: Entry, compare: Compare) -> list[int]:
     return compare.seeds[:1] if entry.method == "untuned" else compare.seeds
 
 
-def home_of(recipe: Recipe) -> Path:
+def comparison_dir(recipe: Recipe) -> Path:
     """Where a comparison lies: its run folder, or `compare/` within the run folder of a lottery, whose stages it reuses.
 
     Raises

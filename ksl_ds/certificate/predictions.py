@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ksl_ds.lottery.certificate import Predictions
-from ksl_ds.sharding import cluster
-from ksl_ds.text.batches import Example, collate_training, rank_micro_batches
-from ksl_ds.training.evaluate import evaluation_model
+from ksl_ds import distributed
+from ksl_ds.certificate.criterion import Predictions
+from ksl_ds.text.batches import collate_training, rank_micro_batches
+from ksl_ds.text.prompt import Example
+from ksl_ds.training.evaluation import evaluation_model
 from ksl_ds.training.loss import can_keep_logits, response_logits
-from ksl_ds.training.run import Run
+from ksl_ds.training.run import RunContext
 
 
-def predict_test_text(run: Run, label: str) -> Predictions:
+def predict_test_text(run: RunContext, label: str) -> Predictions:
     """The predictions of the run's model as it stands on the test text, in its order, the same on every rank."""
     with evaluation_model(run) as (module, _):
         return predict(module, run.model, run.examples["test"], run.pad_id, run.recipe.evaluation.batch_size, label)
@@ -38,8 +39,8 @@ def predict(
     module.eval()
     found = {}
     # As many batches on every rank, some perhaps empty: the forward pass of a partitioned model is a collective.
-    batches = rank_micro_batches(examples, range(len(examples)), cluster.rank(), cluster.world_size(), size)
-    with cluster.progress(batches, label) as bar:
+    batches = rank_micro_batches(examples, range(len(examples)), distributed.rank(), distributed.world_size(), size)
+    with distributed.progress(batches, label) as bar:
         for indices in bar:
             batch = [examples[index] for index in indices]
             logits_NV, _ = response_logits(model, collate_training(batch, pad_id), keeps_logits)
@@ -54,7 +55,7 @@ def predict(
                 found[index] = of_both.numpy().copy(), of_top.numpy().copy()
     module.train(was_training)
     everything: dict[int, Any] = {}
-    for part in cluster.gather_objects(found):
+    for part in distributed.gather_objects(found):
         everything |= part
     in_order = [everything[index] for index in range(len(examples))]
     first_N, second_N = torch.cat([torch.from_numpy(both) for both, _ in in_order]).T.contiguous()

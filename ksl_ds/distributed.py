@@ -26,7 +26,7 @@ from ksl_ds.errors import LostRanks, MistakeOfThisRank, UserError
 Item = TypeVar("Item")
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> None:
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Joins the job that deepspeed's launcher or torchrun started, or makes a job of this one process."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -90,7 +90,7 @@ LOST = re.compile(
 
 
 @contextmanager
-def lost_ranks_named(timeout: timedelta) -> Iterator[None]:
+def name_lost_ranks(timeout: timedelta) -> Iterator[None]:
     """Makes one sentence of the many errors that collectives raise when ranks are lost. Raises LostRanks."""
     try:
         yield
@@ -105,7 +105,7 @@ def lost_ranks_named(timeout: timedelta) -> Iterator[None]:
         ) from error
 
 
-def stop() -> None:
+def shutdown() -> None:
     """Leaves the job in order, after the other ranks have come as far."""
     if dist.is_initialized():
         dist.barrier()
@@ -120,12 +120,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main() -> bool:
+def is_rank0() -> bool:
     """True on the one rank that prints and writes: global rank 0, not the first of each host."""
     return rank() == 0
 
 
-def is_first_on_host() -> bool:
+def is_local_rank0() -> bool:
     """True on one rank of each host: the one that fetches files to a disk that its neighbours share."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
@@ -161,7 +161,7 @@ def peak_memory() -> int:
 
 def say(text: str) -> None:
     """Prints on rank 0."""
-    if is_main():
+    if is_rank0():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -173,7 +173,7 @@ def progress(items: Iterable[Item], label: str, total: int | None = None, done: 
         desc=label,
         total=total,
         initial=done,
-        disable=not is_main(),
+        disable=not is_rank0(),
         dynamic_ncols=True,
         file=sys.stderr,
         smoothing=0.05,
@@ -209,7 +209,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
@@ -225,7 +225,7 @@ def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tenso
     return tensor
 
 
-def raise_together(message: str | None) -> None:
+def raise_if_any_rank(message: str | None) -> None:
     """Raises a UserError on every rank when any rank passes a message: the first one by rank."""
     messages = [text for text in gather_objects(message) if text is not None]
     if messages:
@@ -233,7 +233,7 @@ def raise_together(message: str | None) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Makes a UserError of any rank the UserError of all, so that none waits for one that has left; an OSError too.
 
     The block must not communicate: a rank that fails in it would leave the others waiting inside.
@@ -245,13 +245,13 @@ def together() -> Iterator[None]:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}"
-    raise_together(message)
+    raise_if_any_rank(message)
 
 
-def on_main(make: Callable[[], Item]) -> Item:
+def run_on_rank0(make: Callable[[], Item]) -> Item:
     """What rank 0 makes, on every rank; its UserError is everybody's. `make` must not communicate."""
     value: Any = None
-    with together():
-        if is_main():
+    with raise_on_all_ranks():
+        if is_rank0():
             value = make()
-    return from_main(value)
+    return broadcast_from_rank0(value)

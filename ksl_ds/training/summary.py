@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ksl_ds import distributed
 from ksl_ds.errors import UserError
 from ksl_ds.files import read_text
 from ksl_ds.lottery.ks import critical_count
@@ -17,8 +18,7 @@ from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
 from ksl_ds.report.records import read_metrics
 from ksl_ds.report.tables import print_table, stage_name, stage_table, ticket_rows, ticket_table
-from ksl_ds.sharding import cluster
-from ksl_ds.training.run import Run
+from ksl_ds.training.run import RunContext
 
 TOKENS_SHOWN = 40
 ECDFS_SHOWN = 6
@@ -26,14 +26,14 @@ SAMPLES_SHOWN = 12
 THRESHOLDS = (0.05, 0.5, 0.95)
 
 
-def show_stages(run: Run) -> None:
+def show_stages(run: RunContext) -> None:
     """Writes results.json and prints the table of stages with the baselines beside it."""
     run.save_results()
-    if cluster.is_main():
+    if distributed.is_rank0():
         print_table(stage_table(run.results["baselines"] | run.stages))
 
 
-def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> None:
+def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> None:
     """Ends a lottery: tables on the screen, results.json, report.html.
 
     Parameters
@@ -64,7 +64,7 @@ def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> Non
     }
     show_stages(run)
     print_table(ticket_table(rows, limit=TOKENS_SHOWN))
-    cluster.on_main(
+    distributed.run_on_rank0(
         lambda: write_run_report(
             run,
             title=f"KS-Lottery: {run.dir.name}",
@@ -81,11 +81,11 @@ def summarise(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> Non
         "checkpoints": "embed-tuned model, partial transfer",
         "translations": "all hypotheses",
     }.items():
-        cluster.say(f"{what + ':':36} {run.dir / name}")
+        distributed.say(f"{what + ':':36} {run.dir / name}")
 
 
 def write_run_report(
-    run: Run,
+    run: RunContext,
     *,
     title: str,
     stages: Mapping[str, Mapping[str, Any]] | None = None,
@@ -122,14 +122,14 @@ def write_run_report(
             run.recipe,
             {name: part["pairs"] for name, part in run.results["text"].items()},
             {name: stage["steps"] for name, stage in run.stages.items()},
-            cluster.world_size(),
+            distributed.world_size(),
         ),
         sections=sections,
         environment=run.results["environment"],
     )
 
 
-def _figures(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
+def _figures(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
     statistic_V = shift.count_V / shift.num_samples
     thresholds = {
         alpha: critical_count(drawn.num_samples, alpha, drawn.method) / drawn.num_samples for alpha in THRESHOLDS
@@ -152,7 +152,7 @@ def _figures(run: Run, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict
     }
 
 
-def _samples(run: Run) -> list[dict[str, str]]:
+def _samples(run: RunContext) -> list[dict[str, str]]:
     """Sources, references and every stage's translation of the first test sentences."""
     pairs = run.corpora["test"].pairs[:SAMPLES_SHOWN]
     samples = [{"source": pair.source, "reference": pair.target} for pair in pairs]
@@ -168,7 +168,7 @@ def _samples(run: Run) -> list[dict[str, str]]:
     return samples
 
 
-def _steps_saved(run: Run) -> list[str]:
+def _steps_saved(run: RunContext) -> list[str]:
     stage = run.stages["embed_tuning"]
     if stage["steps"] == stage["planned_steps"]:
         return []

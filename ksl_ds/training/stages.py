@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksl_ds import distributed
 from ksl_ds.errors import UserError
 from ksl_ds.files import reason
 from ksl_ds.lottery.shift import load_shift, save_shift
@@ -22,20 +23,19 @@ from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.model.adapters import ALL_LINEAR, save_adapter, target_modules, with_adapter
 from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
 from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
-from ksl_ds.model.rows import TrainedRows, train_only_rows
-from ksl_ds.model.ticket_rows import TicketRows
-from ksl_ds.sharding import cluster
+from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
+from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.training.evaluate import evaluate_stage
+from ksl_ds.training.evaluation import evaluate_stage
 from ksl_ds.training.loop import train
-from ksl_ds.training.run import Run, numel
+from ksl_ds.training.run import RunContext, numel
 
 SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
 DRAW_FILE = "draw.safetensors"
 
 
-def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift, Ticket]:
+def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple[Shift, Ticket]:
     """Embed tuning: the whole input embedding trains, all else is frozen.
 
     Returns what the KS test against `before_RD`, this rank's rows before, found, and the ticket, possibly an empty one. They
@@ -61,12 +61,12 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
             embedding_scope=recipe.model.embedding_scope,
             source={"stage": "embed_tuning", "base": recipe.model.path},
         )
-        cluster.on_main(lambda: save_shift(shift, checkpoints / DRAW_FILE))
+        distributed.run_on_rank0(lambda: save_shift(shift, checkpoints / DRAW_FILE))
         if ticket.token_ids:
             save_ticket(run, ticket, checkpoints / "partial_transfer")
         return shift, ticket
 
-    cluster.reset_peak_memory()
+    distributed.reset_peak_memory()
     outcome, drawn = train(
         run,
         [embedding],
@@ -76,7 +76,7 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
         monitor=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
     )
     if outcome.settled:
-        cluster.say(
+        distributed.say(
             f"embed tuning ended after {outcome.steps} of {outcome.planned_steps} steps: the ticket had settled"
         )
     evaluate_stage(
@@ -89,7 +89,7 @@ def tune_embedding(run: Run, shard: RowShard, before_RD: Tensor) -> tuple[Shift,
     return drawn
 
 
-def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> None:
+def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
     """Partial tuning: the ticket's rows alone train, from the base weights, which the model holds.
 
     Leaves the tuned rows in the model and, as a ticket, in `ticket/`.
@@ -99,7 +99,7 @@ def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> None:
     tuning, ids_K = run.recipe.partial_tuning, torch.tensor(ticket.token_ids)
     base_KD = shard.read_rows(ids_K)
     trained_rows: TicketRows | TrainedRows
-    cluster.reset_peak_memory()
+    distributed.reset_peak_memory()
     if tuning.mode == "rows":
         trained_rows = ticket_rows = TicketRows(run.model, ids_K, base_KD)
         parameters = [ticket_rows.delta_KD]
@@ -131,14 +131,14 @@ def tune_ticket(run: Run, shard: RowShard, ticket: Ticket) -> None:
     evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome, tuned=run.dir / "ticket")
 
 
-def tune_all(run: Run) -> None:
+def tune_all(run: RunContext) -> None:
     """Full tuning: every parameter trains. Leaves a model folder in `checkpoints/full_tuning`."""
     if "full_tuning" in run.stages:
         return
     parameters, out = list(run.model.parameters()), run.dir / "checkpoints" / "full_tuning"
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         run.folder.file_tensors(dict(run.folder.meta_model.named_parameters()))  # can what it trains be written?
-    cluster.reset_peak_memory()
+    distributed.reset_peak_memory()
     outcome, _ = train(
         run,
         parameters,
@@ -149,24 +149,24 @@ def tune_all(run: Run) -> None:
     evaluate_stage(run, "full_tuning", trained_parameters=sum(map(numel, parameters)), outcome=outcome, tuned=out)
 
 
-def tune_adapter(run: Run) -> None:
+def tune_adapter(run: RunContext) -> None:
     """LoRA or prefix tuning by PEFT. Leaves PEFT's adapter folder in `checkpoints/`."""
     recipe = run.recipe
     stage = {"lora": "lora", "prefix": "prefix_tuning"}[recipe.method]
     if stage in run.stages:
         return
     torch.manual_seed(recipe.seed)  # of the adapter's first values, the same on every rank
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         run.model = with_adapter(run.model, run.adapter)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     trained_parameters, out = sum(map(numel, parameters)), run.dir / "checkpoints" / stage
     if recipe.method == "lora":
         adapted = run.results["target_modules"] = target_modules(run.model)
         if run.adapter.target_modules == ALL_LINEAR:
-            cluster.say(
+            distributed.say(
                 f"lora: PEFT has no default modules for this architecture; all linear layers: {', '.join(adapted)}"
             )
-    cluster.reset_peak_memory()
+    distributed.reset_peak_memory()
     outcome, _ = train(
         run,
         parameters,
@@ -177,10 +177,10 @@ def tune_adapter(run: Run) -> None:
     evaluate_stage(run, stage, trained_parameters=trained_parameters, outcome=outcome, tuned=out)
 
 
-def load_draw(run: Run, shard: RowShard) -> tuple[Shift, Ticket]:
+def load_draw(run: RunContext, shard: RowShard) -> tuple[Shift, Ticket]:
     """What an embed tuning that is done has left: the test of all tokens, and the ticket drawn from it."""
     recipe, checkpoints = run.recipe, run.dir / "checkpoints"
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         shift = load_shift(checkpoints / DRAW_FILE)
         if (len(shift.count_V), shift.num_samples) != (shard.num_rows, shard.row_length):
             raise UserError(f"{checkpoints / DRAW_FILE} is of another model; choose another run_dir")
@@ -200,12 +200,12 @@ def load_draw(run: Run, shard: RowShard) -> tuple[Shift, Ticket]:
     )
 
 
-def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
+def load_ticket(run: RunContext, shard: RowShard, path: str) -> Ticket:
     """A ticket folder, or `published:en-ca`, checked against the run's model on every rank."""
     name, is_published, direction = path.partition("published:")
     if is_published and not name:
         return published_ticket(run, shard, direction)
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         try:
             ticket = Ticket.load(path)
             ticket.check_shape(shard.num_rows, shard.row_length)
@@ -213,7 +213,7 @@ def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
             raise UserError(f"ticket {path}: {error}") from None
     weight = run.model.get_input_embeddings().weight
     base_KD = shard.read_rows(torch.tensor(ticket.token_ids)).to(weight.dtype)
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         try:
             ticket.check_base(base_KD, token_strings(run.tokenizer, ticket.token_ids))
         except ValueError as error:
@@ -221,16 +221,18 @@ def load_ticket(run: Run, shard: RowShard, path: str) -> Ticket:
     return ticket
 
 
-def published_ticket(run: Run, shard: RowShard, direction: str) -> Ticket:
+def published_ticket(run: RunContext, shard: RowShard, direction: str) -> Ticket:
     """A published choice of rows with the base model's values, to be trained. Nothing was tested: every k is 0."""
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         ids = published_ids(direction)
         check_tokenizer_is_llama1(run.tokenizer)
     source = {"stage": "published", "direction": direction}
     return untested_ticket(run, shard, ids, selection=f"published:{direction}", source=source)
 
 
-def untested_ticket(run: Run, shard: RowShard, ids: list[int], *, selection: str, source: dict[str, Any]) -> Ticket:
+def untested_ticket(
+    run: RunContext, shard: RowShard, ids: list[int], *, selection: str, source: dict[str, Any]
+) -> Ticket:
     """Given rows with the base model's values. Every k is 0: no test chose them."""
     untested_V = torch.zeros(shard.num_rows)
     base_KD = shard.read_rows(torch.tensor(ids)).to(shard.dtype)
@@ -248,7 +250,7 @@ def untested_ticket(run: Run, shard: RowShard, ids: list[int], *, selection: str
     )
 
 
-def save_embedding(run: Run, shard: RowShard, out: Path) -> None:
+def save_embedding(run: RunContext, shard: RowShard, out: Path) -> None:
     """Writes the base model with the embedding as `shard` holds it: a whole model folder, untouched files linked.
 
     Rank 0 holds the matrix in float32 host memory while it writes.
@@ -256,27 +258,27 @@ def save_embedding(run: Run, shard: RowShard, out: Path) -> None:
     blocks_KD = []
     for start in range(0, shard.num_rows, SAVED_AT_ONCE):
         block_KD = shard.read_rows(torch.arange(start, min(start + SAVED_AT_ONCE, shard.num_rows)))
-        if cluster.is_main():
+        if distributed.is_rank0():
             blocks_KD.append(block_KD)
-    with cluster.together():
-        if cluster.is_main():
+    with distributed.raise_on_all_ranks():
+        if distributed.is_rank0():
             _make_way(out)
             rows_VD = torch.cat(blocks_KD)
             write_model_with_rows(run.folder, out, list(range(len(rows_VD))), rows_VD, run.recipe.model.embedding_scope)
 
 
-def save_model(run: Run, out: Path) -> None:
+def save_model(run: RunContext, out: Path) -> None:
     """Writes the model as it stands: rank 0 gathers tensor by tensor and holds them in host memory while it writes."""
     import deepspeed
 
     parameters = {}
     for name, parameter in run.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
-            if cluster.is_main():
+            if distributed.is_rank0():
                 parameters[name] = parameter.detach().cpu().clone()
     untied = run.folder.tied and not run.model.config.tie_word_embeddings
-    with cluster.together():
-        if cluster.is_main():
+    with distributed.raise_on_all_ranks():
+        if distributed.is_rank0():
             _make_way(out)
             write_model(
                 run.folder, out, run.folder.file_tensors(parameters), {"tie_word_embeddings": False} if untied else None
@@ -290,11 +292,11 @@ def _make_way(out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:
+def save_ticket(run: RunContext, ticket: Ticket, out: Path) -> None:
     """Writes a ticket folder from rank 0."""
     shared_head = run.folder.head_module if run.folder.tied and ticket.embedding_scope == "shared" else None
-    with cluster.together():
-        if cluster.is_main():
+    with distributed.raise_on_all_ranks():
+        if distributed.is_rank0():
             try:
                 out.parent.mkdir(exist_ok=True)
                 ticket.save(out, run.folder.embedding_module, shared_head, base_model=run.recipe.model.path)
@@ -302,7 +304,7 @@ def save_ticket(run: Run, ticket: Ticket, out: Path) -> None:
                 raise UserError(f"{out} could not be written: {reason(error)}") from None
 
 
-def token_frequency(run: Run) -> Tensor:
+def token_frequency(run: RunContext) -> Tensor:
     """How often each token occurs in the training text, prompts included: int64 (V,)."""
     ids = [number for example in run.examples["train"] for number in example.prompt_ids + example.response_ids]
     return torch.bincount(torch.tensor(ids), minlength=run.folder.shape(run.folder.embedding_name)[0])

@@ -12,16 +12,17 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ksl_ds import distributed
+from ksl_ds.comparison import tables as report
+from ksl_ds.comparison.plots import loss_against_size, loss_curves, score_bars
+from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
-from ksl_ds.files import read_text
-from ksl_ds.recipe import Recipe
-from ksl_ds.report import comparison as report
-from ksl_ds.report.comparison_plots import loss_against_size, loss_curves, score_bars
+from ksl_ds.files import read_text, write_json
 from ksl_ds.report.html import Section, bullets, figure, table, what_was_run, write_report
 from ksl_ds.report.records import read_comparison, read_metrics
 from ksl_ds.report.tables import print_table
-from ksl_ds.report.tracking import Tracker, hardware_and_versions, write_json
-from ksl_ds.sharding import cluster
+from ksl_ds.report.tracking import Tracker
 from ksl_ds.text.significance import paired_bootstrap
 
 SAMPLES_SHOWN = 12
@@ -43,7 +44,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         }
         for key in order
     }
-    cluster.say("testing differences")
+    distributed.say("testing differences")
     tests, signatures = _tests(home, runs, recipe.evaluation.tokenize)
     comparison = {
         "order": order,
@@ -70,7 +71,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         "results.json": "all numbers",
         "runs": "every run, with its translations",
     }.items():
-        cluster.say(f"{what + ':':36} {home / name}")
+        distributed.say(f"{what + ':':36} {home / name}")
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -78,7 +79,7 @@ def show(results: Mapping[str, Any]) -> None:
     print_table(report.score_table(results))
     print_table(report.difference_table(results))
     for sentence in report.readings(results):
-        cluster.say(f"- {sentence}")
+        distributed.say(f"- {sentence}")
 
 
 def show_file(path: Path) -> None:
@@ -122,7 +123,7 @@ def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> 
             if baseline not in of_seed:
                 continue
             references = _lines(home, of_seed[baseline], "references")
-            if len(references) < report.FEWEST_SENTENCES:
+            if len(references) < report.MIN_SENTENCES:
                 return {}, {}
             for text, name in {"whole": "hypotheses", "first_line": "hypotheses_first_line"}.items():
                 hypotheses = {key: _lines(home, run, name) for key, run in of_seed.items()}

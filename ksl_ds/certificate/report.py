@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ksl_ds.lottery.certificate import CONFIDENCE, LEAST_SENTENCES
+from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
 from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.plots import INK, PALETTE, style
 from ksl_ds.report.tables import DASH, Column, Table, count, decimals, stage_name, visible
@@ -94,9 +94,9 @@ def certificate_reading(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the numbers say, one sentence for each thing that a reader could miss."""
     sentences = []
     few = rows[0]["overall"]["sentences"]
-    if few < LEAST_SENTENCES:
+    if few < MIN_SENTENCES:
         sentences.append(
-            f"No intervals: {few} sentence{' is' if few == 1 else 's are'} too few. Below {LEAST_SENTENCES} an exact interval "
+            f"No intervals: {few} sentence{' is' if few == 1 else 's are'} too few. Below {MIN_SENTENCES} an exact interval "
             "is up to .37 wide and more, and says nothing; give more text.test."
         )
     for part, criterion in (("reconstructed", "reconstructed criterion"), ("reconstructed_union_bound", "union bound")):

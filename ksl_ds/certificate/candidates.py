@@ -15,22 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksl_ds.commands.draw import check_same_model
-from ksl_ds.commands.stages import load_ticket
+from ksl_ds import distributed
+from ksl_ds.certificate.criterion import Predictions
+from ksl_ds.certificate.predictions import predict_test_text
+from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.lottery.certificate import Predictions
 from ksl_ds.lottery.pvalues import critical_count
 from ksl_ds.lottery.shift import dtype_name
 from ksl_ds.lottery.ticket import Shift, Ticket
-from ksl_ds.model.folder import ModelFolder
+from ksl_ds.model.folder import ModelFolder, check_same_model
 from ksl_ds.model.load import differing_weight, free_weights, load_model, open_folder
-from ksl_ds.recipe import Model, Recipe
-from ksl_ds.sharding import cluster
 from ksl_ds.sharding.draw import sharded_shift
 from ksl_ds.sharding.engine import TORCH_DTYPE
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.training.predictions import predict_test_text
-from ksl_ds.training.run import Run
+from ksl_ds.training.run import RunContext
+from ksl_ds.training.stages import load_ticket
 
 
 @dataclass
@@ -47,7 +46,7 @@ def open_reference(recipe: Recipe) -> ModelFolder:
     """The reference's folder. Raises UserError unless it is the base model with another embedding, as far as shapes tell."""
     base = open_folder(recipe.model)
     reference = open_folder(_reference_model(recipe))
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         check_same_model(base, reference)
         scope = recipe.model.embedding_scope
         if reference.tied != (base.tied and scope == "shared"):
@@ -63,10 +62,10 @@ def _reference_model(recipe: Recipe) -> Model:
     return replace(recipe.model, path=recipe.reference or "", revision=None)
 
 
-def predict_candidates(run: Run, reference: ModelFolder) -> tuple[list[Candidate], Shift]:
+def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Candidate], Shift]:
     """Every candidate's predictions, and the KS test of base and reference. The base model is freed at the end."""
     embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         name = differing_weight(run.model, reference, leave_out=embedding)
         if name is not None:
             raise UserError(
@@ -81,7 +80,7 @@ def predict_candidates(run: Run, reference: ModelFolder) -> tuple[list[Candidate
             f"to {recipe.model.embedding_scope}: the output head of this tied model would be another one"
         )
     base_RD = shard.read()
-    with cluster.together():
+    with distributed.raise_on_all_ranks():
         stored_RD = reference.read_rows(reference.embedding_name, shard.start, shard.stop)
     dtype = TORCH_DTYPE[recipe.training.precision]
     reference_RD = stored_RD.to(dtype).float()
@@ -122,7 +121,7 @@ def predict_candidates(run: Run, reference: ModelFolder) -> tuple[list[Candidate
     return candidates, shift
 
 
-def _given_ticket(run: Run, ticket: Ticket, shift: Shift) -> Candidate:
+def _given_ticket(run: RunContext, ticket: Ticket, shift: Shift) -> Candidate:
     """The ticket that was given, in the model already. Its tau is one that no row outside it reaches."""
     in_ticket_V = torch.zeros(len(shift.count_V), dtype=torch.bool)
     in_ticket_V[ticket.token_ids] = True
@@ -142,9 +141,9 @@ def _given_ticket(run: Run, ticket: Ticket, shift: Shift) -> Candidate:
     return Candidate(record, max(count or 0, outside + 1), in_ticket_V, predict_test_text(run, "the ticket given"))
 
 
-def predict_reference(run: Run, reference: ModelFolder) -> Predictions:
+def predict_reference(run: RunContext, reference: ModelFolder) -> Predictions:
     """The reference's predictions. It takes the place of the freed base in memory, and is freed too."""
-    cluster.say(f"loading the reference {reference.path}")
+    distributed.say(f"loading the reference {reference.path}")
     run.model = load_model(replace(run.recipe, model=_reference_model(run.recipe)), reference, run.config)
     predictions = predict_test_text(run, "reference")
     free_weights(run.model)

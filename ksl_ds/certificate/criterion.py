@@ -42,7 +42,7 @@ from torch import Tensor
 
 CONFIDENCE = 0.95  # of the intervals
 # Below, an exact interval is up to .37 wide and more: it would say nothing, with the look of saying something.
-LEAST_SENTENCES = 30
+MIN_SENTENCES = 30
 
 Interval = tuple[float, float]
 
@@ -164,7 +164,7 @@ def agreement(agrees_N: Tensor, length_S: Tensor, covered_N: Tensor | None = Non
         agreeing=int((covered_N & agrees_N).sum()),
         sentences=sentences,
         agreeing_sentences=agreeing_sentences,
-        interval=clopper_pearson(agreeing_sentences, sentences) if sentences >= LEAST_SENTENCES else None,
+        interval=clopper_pearson(agreeing_sentences, sentences) if sentences >= MIN_SENTENCES else None,
     )
 
 

@@ -10,28 +10,33 @@ from pathlib import Path
 
 from torch import nn
 
-from ksl_ds.sharding import cluster
-from ksl_ds.sharding.engine import inference_engine, stage_of, whole_weights
+from ksl_ds import distributed
+from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of
 from ksl_ds.text.scores import Scores, score, write_translations
 from ksl_ds.text.translate import translate
-from ksl_ds.training.loop import TrainingRun
+from ksl_ds.training.loop import TrainingStats
 from ksl_ds.training.loss import corpus_loss
-from ksl_ds.training.run import Run
+from ksl_ds.training.run import RunContext
 
 
 @contextmanager
-def evaluation_model(run: Run) -> Iterator[tuple[nn.Module, bool]]:
+def evaluation_model(run: RunContext) -> Iterator[tuple[nn.Module, bool]]:
     """The model ready for forward passes, and whether these are collectives of all ranks."""
     if run.recipe.evaluation.gather_weights or stage_of(run.config) < 3:
-        with whole_weights(run.model) as module:
+        with gathered_weights(run.model) as module:
             yield module, False
     else:
         with inference_engine(run.model, run.config) as module:
-            yield module, cluster.world_size() > 1
+            yield module, distributed.world_size() > 1
 
 
 def evaluate_stage(
-    run: Run, stage: str, *, trained_parameters: int, outcome: TrainingRun | None = None, tuned: Path | None = None
+    run: RunContext,
+    stage: str,
+    *,
+    trained_parameters: int,
+    outcome: TrainingStats | None = None,
+    tuned: Path | None = None,
 ) -> None:
     """Test loss and scores of the model as it stands, into `results.json` and `translations/STAGE/`: the stage is done.
 
@@ -44,7 +49,7 @@ def evaluate_stage(
     if stage in run.stages:
         return
     if outcome is None:
-        cluster.reset_peak_memory()
+        distributed.reset_peak_memory()
     evaluation, started = run.recipe.evaluation, time.perf_counter()
     label = stage.replace("_", " ")
     with evaluation_model(run) as (module, partitioned):
@@ -70,7 +75,7 @@ def evaluate_stage(
             evaluation.tokenize,
         )
 
-    scores = cluster.on_main(score_and_write)
+    scores = distributed.run_on_rank0(score_and_write)
     run.stages[stage] = {
         "trained_parameters": trained_parameters,
         "test_loss": loss,
@@ -80,18 +85,18 @@ def evaluate_stage(
         "valid_loss": outcome.valid_loss if outcome else None,
         "seconds": outcome.seconds if outcome else 0.0,
         "evaluation_seconds": time.perf_counter() - started,
-        "tuned_file_bytes": cluster.on_main(lambda: file_bytes(tuned)) if tuned is not None else 0,
+        "tuned_file_bytes": distributed.run_on_rank0(lambda: file_bytes(tuned)) if tuned is not None else 0,
         "optimizer_bytes": outcome.optimizer_bytes if outcome else 0,
         # Of the training; of the evaluation where nothing was trained.
         "peak_memory_bytes": max(
-            cluster.gather_objects(outcome.peak_memory_bytes if outcome else cluster.peak_memory())
+            distributed.gather_objects(outcome.peak_memory_bytes if outcome else distributed.peak_memory())
         ),
     }
     shown = run.stages[stage]
     run.tracker.log(stage, 0, **{name: value for name, value in shown.items() if isinstance(value, (int, float))})
     run.save_results()
     run.checkpoints(stage).remove()
-    cluster.say(
+    distributed.say(
         f"{label}: test loss {loss:.3f}, BLEU {shown['bleu']:.1f}, chrF++ {shown['chrf']:.1f}, "
         f"first-line BLEU {shown['first_line_bleu']:.1f}, stop rate {shown['stop_rate']:.2f}"
     )
@@ -103,10 +108,10 @@ def file_bytes(folder: Path) -> int:
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
-def score_copying(run: Run) -> None:
+def score_copying(run: RunContext) -> None:
     """What handing back the source would score: a baseline that templated text makes strong."""
     pairs = run.corpora["test"].pairs
-    if not cluster.is_main():
+    if not distributed.is_rank0():
         return
     sources = [pair.source for pair in pairs]
     lengths = [len(run.tokenizer(source, add_special_tokens=False).input_ids) for source in sources]

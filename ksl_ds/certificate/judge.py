@@ -1,0 +1,178 @@
+"""How far the model of a ticket agrees with the embed-tuned one: the certificate, as reconstructed, and what is measured.
+
+Reference: the embed-tuned model. Candidates, one forward pass over the held-out text each:
+- partial transfer at every alpha of a grid: the base model with the reference's rows of T(alpha), drawn anew from the
+  KS test of base and reference, in the precision in which they are compared;
+- the ticket that was given, with its own rows, at its own alpha only: tuned rows exist for no other.
+See lottery/certificate.py for the criterion and its gaps, candidates.py for how the models take turns.
+
+Legend: V tokens, N predicted tokens, S sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ksl_ds import distributed
+from ksl_ds.certificate.candidates import Candidate
+from ksl_ds.certificate.criterion import (
+    Agreement,
+    Predictions,
+    agreement,
+    certified,
+    untuned_tokens,
+)
+from ksl_ds.certificate.report import (
+    candidate_name,
+    certificate_curves,
+    certificate_reading,
+    certificate_sections,
+    certificate_table,
+)
+from ksl_ds.config.schema import Recipe
+from ksl_ds.errors import UserError
+from ksl_ds.files import write_text
+from ksl_ds.report.tables import print_table
+from ksl_ds.text.corpus import load_corpus
+from ksl_ds.training.run import RunContext
+from ksl_ds.training.summary import write_run_report
+
+
+def trained_sources(recipe: Recipe) -> set[str] | None:
+    """The source sentences of the training text; None where the recipe names none, so that nobody can tell."""
+    if not recipe.text.train:
+        distributed.say(
+            "warning: the recipe has no text.train, so whether test sentences were trained on is not checked"
+        )
+        return None
+    with distributed.raise_on_all_ranks():
+        return {pair.source for pair in load_corpus(recipe.text, "train", recipe.text_seed).pairs}
+
+
+def leave_out(run: RunContext, trained: set[str]) -> int:
+    """Takes test sentences whose source was trained on out of the run, and says how many they were."""
+    test = run.corpora["test"]
+    kept = [index for index, pair in enumerate(test.pairs) if pair.source not in trained]
+    if not kept:
+        raise UserError(
+            f"{test.name}: the source of every sentence is in text.train too; a certificate needs text that was not trained on"
+        )
+    overlap = len(test.pairs) - len(kept)
+    if overlap:
+        test.dropped["since their source is in text.train"] = overlap
+        test.pairs = [test.pairs[index] for index in kept]
+        run.examples["test"] = [run.examples["test"][index] for index in kept]
+        run.prompts = [run.prompts[index] for index in kept]
+        run.results["text"]["test"] |= {"pairs": len(kept), "dropped": test.dropped}
+        distributed.say(
+            f"{overlap:,} test sentences left out, since their source is in text.train; {len(kept):,} remain"
+        )
+    return overlap
+
+
+def judge(
+    run: RunContext, candidate: Candidate, reference: Predictions, num_samples: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A candidate's line of results.json, and its counterexamples: certified tokens on which the models differ."""
+    untuned_N = torch.cat(
+        [
+            untuned_tokens(
+                torch.tensor(example.prompt_ids + example.response_ids), len(example.prompt_ids), candidate.in_ticket_V
+            )
+            for example in run.examples["test"]
+        ]
+    )
+    first_N, second_N, count = reference.first_N, reference.second_N, candidate.tau_count
+    by_criterion_N = certified(first_N, second_N, count, num_samples)
+    by_union_N = certified(first_N, second_N, count, num_samples, untuned_N)
+    agrees_N = reference.top_N == candidate.predictions.top_N
+    row = {
+        **candidate.record,
+        "ticket_rows": int(candidate.in_ticket_V.sum()),
+        "tau_count": count,
+        "tau": count / num_samples,
+        "reconstructed": _shares(agreement(agrees_N, reference.length_S, by_criterion_N), len(agrees_N)),
+        "reconstructed_union_bound": _shares(agreement(agrees_N, reference.length_S, by_union_N), len(agrees_N)),
+        "overall": _shares(agreement(agrees_N, reference.length_S), len(agrees_N)),
+    }
+    differing = ((by_criterion_N | by_union_N) & ~agrees_N).nonzero().flatten()
+    widest_first = (first_N - second_N)[differing].argsort(descending=True, stable=True)
+    examples = _counterexamples(run, candidate.predictions, reference, differing[widest_first].tolist())
+    for example in examples:
+        token = example["token"]
+        example |= {"candidate": candidate_name(row), "by_reconstructed": bool(by_criterion_N[token])}
+        example["by_union_bound"] = bool(by_union_N[token])
+    return row, examples
+
+
+def _shares(found: Agreement, num_tokens: int) -> dict[str, Any]:
+    return {
+        **asdict(found),
+        "share": found.tokens / num_tokens,
+        "agreement": found.agreeing / found.tokens if found.tokens else None,
+        "sentence_agreement": found.agreeing_sentences / found.sentences if found.sentences else None,
+    }
+
+
+def _counterexamples(
+    run: RunContext, found: Predictions, reference: Predictions, positions: list[int]
+) -> list[dict[str, Any]]:
+    """The tokens at `positions` of all predicted tokens, with their text."""
+    sentence_N = torch.repeat_interleave(torch.arange(len(reference.length_S)), reference.length_S)
+    start_S = reference.length_S.cumsum(0) - reference.length_S
+    examples = []
+    for token in positions:
+        sentence = int(sentence_N[token])
+        response_ids = run.examples["test"][sentence].response_ids
+        tops = {"reference": int(reference.top_N[token]), "candidate": int(found.top_N[token])}
+        examples.append(
+            {
+                "token": token,
+                "sentence": sentence,
+                "source": run.corpora["test"].pairs[sentence].source,
+                "prefix": run.tokenizer.decode(response_ids[: token - int(start_S[sentence])]).strip(),
+                **{f"{name}_token_id": number for name, number in tops.items()},
+                **{f"{name}_token": run.tokenizer.decode([number]) for name, number in tops.items()},
+                "p_A": float(reference.first_N[token]),
+                "p_B": float(reference.second_N[token]),
+                "candidate_p_A": float(found.first_N[token]),
+            }
+        )
+    return examples
+
+
+def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, Any]]) -> None:
+    """Prints the table and what it says, writes counterexamples.jsonl and report.html."""
+    for step, row in enumerate(rows):
+        numbers = {
+            f"{name}_{key}": row[name][key]
+            for name in ("reconstructed", "reconstructed_union_bound", "overall")
+            for key in ("share", "agreement", "sentence_agreement")
+        }
+        run.tracker.log(
+            "certificate", step, candidate=candidate_name(row), alpha=row["alpha"], tau=row["tau"], **numbers
+        )
+    tokens, sentences = rows[0]["overall"]["tokens"], rows[0]["overall"]["sentences"]
+    content = certificate_table(
+        rows, f"Agreement with {run.recipe.reference} on {tokens:,} tokens of {sentences:,} held-out sentences"
+    )
+    reading = certificate_reading(rows)
+    print_table(content)
+    distributed.say("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
+
+    def write() -> None:
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
+        write_text(run.dir / "counterexamples.jsonl", "".join(lines))
+        curves = certificate_curves(rows)
+        run.tracker.figure("Certificate", curves)
+        sections = certificate_sections(content, reading, curves, examples)
+        write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
+
+    distributed.run_on_rank0(write)
+    distributed.say(f"\ncounterexamples ({len(examples):,}): {run.dir / 'counterexamples.jsonl'}")
+    distributed.say(f"the report: {run.dir / 'report.html'}")

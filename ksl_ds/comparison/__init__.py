@@ -1,0 +1,1 @@
+"""Tickets beside their controls and other methods: entries, runs, tests, tables, plots."""

@@ -1,0 +1,64 @@
+"""Hardware and software that a run used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ksl_ds import distributed
+
+VERSIONS_OF = (
+    "ksl_ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "scipy",
+    "sacrebleu",
+    "wandb",
+)
+
+
+def hardware_and_versions() -> dict[str, Any]:
+    """What a run ran on: versions of the libraries, processor, accelerator, ranks, git commit. No host or user name."""
+    versions = {}
+    for name in VERSIONS_OF:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus_of_a_host": gpus,
+        "ranks": distributed.world_size(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit checked out in the working directory, with `-dirty` where tracked files differ from it."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return found.stdout.strip() or None
+    return None

@@ -1,0 +1,220 @@
+"""What a run needs before it is paid for: memory of a rank by kind, bytes on the wire, seconds of a draw, fewest GPUs.
+
+The model is built on the meta device, so that parameters are counted and not computed, and one training step of each method
+is run there without data (ksl_ds/model/dry_run.py); the rest is arithmetic (ksl_ds/sharding/estimate.py). The one thing
+that is timed, on this machine, is the KS test of a few hundred rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ksl_ds import distributed
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import EstimateCommand, Recipe
+from ksl_ds.errors import UserError
+from ksl_ds.estimate.memory import MethodCost, ModelDims, Needs, Zero, fits, min_ranks
+from ksl_ds.lottery.ticket import measure_shift
+from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing, with_adapter
+from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, model_config, step_bytes
+from ksl_ds.model.row_parameter import TicketRows
+from ksl_ds.report.tables import size
+from ksl_ds.sharding.engine import TORCH_DTYPE, read_config
+
+METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora", "prefix")
+RESERVED = 3 << 29  # 1.5 GiB of a GPU: CUDA's context, NCCL's buffers
+TIMED_ROWS = 256
+
+
+@dataclass
+class Plan:
+    """What is estimated: a model under a DeepSpeed configuration, and what one rank computes at once."""
+
+    name: str
+    config: Any  # transformers'
+    recipe: Recipe
+    zero: Zero
+    response_length: int
+    ticket_rows: int
+    too_slow: str = ""  # why no further dry run is tried
+
+    def meta_model(self) -> Any:
+        """A fresh model on the meta device, untied as `embedding_scope: input` has it."""
+        untied = self.recipe.model.embedding_scope == "input"
+        trust = self.recipe.model.trust_remote_code
+        return meta_model(
+            self.config, TORCH_DTYPE[self.recipe.training.precision], untied=untied, trust_remote_code=trust
+        )
+
+    def training(self) -> ModelDims:
+        """The numbers of the recipe for the arithmetic."""
+        vocab_size, width = self.meta_model().get_input_embeddings().weight.shape
+        if self.ticket_rows > vocab_size:
+            raise UserError(
+                f"rows (or draw.top_k of the recipe) is {self.ticket_rows:,}, but the embedding has {vocab_size:,} rows"
+            )
+        return ModelDims(TORCH_DTYPE[self.recipe.training.precision].itemsize, vocab_size, width, reserved=RESERVED)
+
+    def embedding(self) -> MethodCost:
+        """Embed tuning without a dry run: what a draw costs follows from the embedding alone."""
+        weight = self.meta_model().get_input_embeddings().weight
+        return MethodCost("embed", [weight.numel()], [], 0, snapshots=True)
+
+    def method(self, name: str, *, checkpointing: bool) -> MethodCost:
+        """What method `name` trains, and the peak of its dry run. Raises UserError where the architecture has no such."""
+        model = self.meta_model()
+        if checkpointing:
+            enable_checkpointing(self.meta_model())  # a model of its own: the dry run switches without random states
+        training, linear = self.recipe.training, F.linear
+        if self.zero.stage == 3:
+            from deepspeed.runtime.zero.linear import zero3_linear_wrap as linear
+
+        def passes() -> dict[str, Any]:
+            if self.too_slow:
+                return {"working": None, "unknown": self.too_slow}
+            try:
+                working = step_bytes(
+                    model, training.micro_batch_size, self.recipe.text.max_length, self.response_length,
+                    checkpointing=checkpointing, linear=linear,
+                )  # fmt: skip
+            except Unmeasured as error:
+                if isinstance(error, TooSlow):
+                    self.too_slow = str(error)
+                return {"working": None, "unknown": str(error)}
+            return {"working": working}
+
+        if name in ADAPTERS:
+            recipe = copy.deepcopy(self.recipe)
+            recipe.training.gradient_checkpointing = checkpointing
+            model = with_adapter(model, adapter_config(self.config, recipe, name))
+        elif name != "full":
+            model.requires_grad_(False)
+        if name in ("embed", "ticket, hooks"):
+            model.get_input_embeddings().weight.requires_grad_(True)
+        if name == "ticket, hooks":
+            model.get_input_embeddings().weight.register_hook(torch.zeros_like)
+        again = frozen_in_layers(model) if checkpointing and self.zero.stage == 3 else 0
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+        if name == "ticket, rows":
+            width = model.get_input_embeddings().weight.shape[1]
+            rows = TicketRows(model, torch.arange(self.ticket_rows), torch.empty(self.ticket_rows, width))
+            method = MethodCost(name, [rows.delta_KD.numel()], frozen, **passes(), gathered_again=again)
+            rows.remove()
+            return method
+        return MethodCost(name, trained, frozen, **passes(), snapshots=name == "embed", gathered_again=again)
+
+
+def frozen_in_layers(model: Any) -> int:
+    """Elements of the frozen matrices of all layers that checkpointing recomputes, without the last of each layer."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    matrices = [[p.numel() for p in layer.parameters() if p.dim() > 1 and not p.requires_grad] for layer in layers]
+    return sum(sum(numels[:-1]) for numels in matrices)
+
+
+def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int | None = None) -> Plan:
+    """The plan of a recipe, whose `text.max_length` is the length of every pair. Raises UserError."""
+    model = recipe.model
+    config = model_config(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+    length = recipe.text.max_length
+    if response_length is not None and not 0 < response_length < length:
+        raise UserError(f"response_length is {response_length}; it lies between 0 and length ({length}), both excluded")
+    return Plan(
+        model.path, config, recipe, Zero.of(read_config(recipe.deepspeed)), response_length or max(1, length // 2),
+        ticket_rows or recipe.draw.top_k,
+    )  # fmt: skip
+
+
+def _recipe(command: EstimateCommand) -> Recipe:
+    """A recipe with what the command says: the one given as `model`, or one of defaults."""
+    words = {
+        "deepspeed": command.deepspeed,
+        "training.precision": command.precision,
+        "training.micro_batch_size": command.micro_batch_size,
+        "text.max_length": command.length,
+        "model.embedding_scope": command.embedding_scope,
+    }
+    overrides = [f"{name}={value}" for name, value in words.items() if value is not None]
+    if Path(command.model).suffix in (".yaml", ".yml"):
+        return load_recipe(Recipe, command.model, [*overrides, "method=lora"])
+    return load_recipe(Recipe, None, ["run_dir=unused", f"model.path={command.model}", *overrides, "method=lora"])
+
+
+KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
+
+
+def _method_or_problem(plan: Plan, name: str, checkpointing: bool) -> MethodCost | str:
+    try:
+        return plan.method(name, checkpointing=checkpointing)
+    except UserError as error:
+        return str(error)
+
+
+def _activations(needs: Needs | None) -> str:
+    if needs is None:
+        return "–"
+    return "unknown" if needs.working is None else size(needs.working)
+
+
+def _peak(needs: Needs | None) -> str:
+    if needs is None:
+        return "–"
+    return ("> " if needs.working is None else "") + size(needs.device)
+
+
+def _verdict(needs: Needs | None, method: MethodCost | str, training: ModelDims, zero: Zero, memory: int | None) -> str:
+    if memory is None or needs is None or isinstance(method, str):
+        return "–"
+    if method.working is None:
+        return "unknown"
+    fewest = min_ranks(method, training, zero, memory)
+    return "none" if fewest is None else f"{fewest:,}{'' if fits(needs, training, memory) else ' (not here)'}"
+
+
+def _left_open(found: dict[tuple[str, bool], MethodCost | str]) -> list[str]:
+    """A line for every reason why a number is missing, with the cases it concerns."""
+    cases: dict[str, list[str]] = {}
+    for (name, checkpointing), method in found.items():
+        if isinstance(method, str):
+            reason = method
+        elif method.working is None:
+            reason = f"activations: unknown for this architecture: {method.unknown}; peak is without them"
+        else:
+            continue
+        cases.setdefault(reason, []).append(f"{name} ({'checkpointed' if checkpointing else 'plain'})")
+    everything = len(found)
+    return [
+        reason + ("." if len(names) == everything else f". Concerns {', '.join(names)}.")
+        for reason, names in cases.items()
+    ]
+
+
+def _evaluation_note(plan: Plan, total: int, training: ModelDims) -> list[str]:
+    if plan.zero.stage < 3 or not plan.recipe.evaluation.gather_weights:
+        return []
+    return [
+        f"Translating with evaluation.gather_weights=true holds the whole model, {size(total * training.weight_bytes)}, on "
+        "every GPU."
+    ]
+
+
+def seconds_of_a_row(width: int) -> float:
+    """Time of the KS test of one changed row of so many coordinates, measured here."""
+    generator = torch.Generator().manual_seed(0)
+    before_RD = torch.randn(TIMED_ROWS, width, generator=generator).to(distributed.device())
+    after_RD = before_RD + 0.1
+    times = []
+    for _ in range(3):  # the first one starts up the kernel
+        started = time.perf_counter()
+        measure_shift(before_RD, after_RD)
+        times.append(time.perf_counter() - started)
+    return min(times) / TIMED_ROWS

@@ -1,0 +1,111 @@
+"""The tables of `estimate`."""
+
+from __future__ import annotations
+
+from ksl_ds import distributed
+from ksl_ds.config.schema import EstimateCommand
+from ksl_ds.estimate.memory import MethodCost, rank_needs
+from ksl_ds.estimate.plan import (
+    KINDS,
+    METHODS,
+    RESERVED,
+    Plan,
+    _activations,
+    _evaluation_note,
+    _left_open,
+    _method_or_problem,
+    _peak,
+    _verdict,
+    seconds_of_a_row,
+)
+from ksl_ds.report.tables import Column, Table, count, duration, size
+
+
+def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
+    """Memory of a rank, and traffic, for every method on `command.gpus` GPUs."""
+    training, zero = plan.training(), plan.zero
+    memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
+    memory_rows, traffic_rows = [], []
+    with distributed.progress([(name, at) for name in METHODS for at in (False, True)], "dry runs") as cases:
+        found = {case: _method_or_problem(plan, *case) for case in cases}
+    total = sum(parameter.numel() for parameter in plan.meta_model().parameters())
+    for name in METHODS:
+        cases_of_name = [found[name, checkpointing] for checkpointing in (False, True)]
+        possible = [method for method in cases_of_name if isinstance(method, MethodCost)]
+        if not possible:
+            memory_rows.append([name, *["–"] * (len(KINDS) + 8)])
+            traffic_rows.append([name, *["–"] * (2 if command.network is None else 4)])
+            continue
+        needs = [
+            rank_needs(method, training, zero, command.gpus) if isinstance(method, MethodCost) else None
+            for method in cases_of_name
+        ]
+        states = next(each for each in needs if each is not None)  # the same with and without checkpointing
+        memory_rows.append(
+            [
+                name,
+                count(sum(possible[0].trained)),
+                *(size(getattr(states, kind)) + ("*" if kind in states.on_host else "") for kind in KINDS),
+                *(_activations(each) for each in needs),
+                *(_peak(each) for each in needs),
+                *(_verdict(each, method, training, zero, memory)
+                  for each, method in zip(needs, cases_of_name, strict=True)),
+                size(states.host),
+            ]
+        )  # fmt: skip
+        steps = ["–" if each is None else size(each.wire_step) for each in needs]
+        seconds = []
+        if command.network is not None:
+            bits_per_second = command.network * 1e9
+            seconds = ["–" if each is None else duration(each.wire_step * 8 / bits_per_second) for each in needs]
+        traffic_rows.append([name, *steps, *seconds])
+    draw = rank_needs(plan.embedding(), training, zero, command.gpus)
+    rows = -(-training.vocab_size // command.gpus)
+    draw_seconds = rows * seconds_of_a_row(training.width)
+    of = f"{command.gpus} GPU{'s' if command.gpus > 1 else ''}"
+    step = plan.recipe.training
+    memory_table = Table(
+        f"{plan.name}: memory of each of {of}" + ("" if memory is None else f" of {command.gpu_memory:g} GiB"),
+        [
+            Column("", numeric=False),
+            Column("trained parameters", optional=True),
+            *(Column(kind, optional=True) for kind in KINDS),
+            Column("activations, plain", optional=True),
+            Column("activations, checkpointed", optional=True),
+            Column("peak, plain"),
+            Column("peak, checkpointed"),
+            Column("fits on, plain"),
+            Column("fits on, checkpointed"),
+            Column("host", optional=True),
+        ],
+        memory_rows,
+        [
+            f"{total:,} parameters; {plan.recipe.deepspeed}, {step.precision}; a rank runs {step.micro_batch_size} pairs of "
+            f"{plan.recipe.text.max_length:,} tokens at once, {plan.response_length:,} of them response; ticket of "
+            f"{plan.ticket_rows} rows.",
+            "peak: weights, gradients, optimizer, buffers, and the larger of gathered + activations and the optimizer's "
+            "fp32 gradients. activations: with logits and passing gradients.",
+            f"fits on: the fewest GPUs, with {size(RESERVED)} of each left to CUDA and NCCL. host: memory of the host for a "
+            "rank, in embed tuning for the snapshot.",
+            *(["* in host memory: offloaded."] if draw.on_host else []),
+            *_evaluation_note(plan, total, training),
+            *_left_open(found),
+        ],
+    )  # fmt: skip
+    traffic_table = Table(
+        "What a rank receives",
+        [Column("", numeric=False), Column("a step, plain"), Column("a step, checkpointed")]
+        + [
+            Column(f"at {command.network:g} Gbit/s, {how}")
+            for how in ("plain", "checkpointed")
+            if command.network is not None
+        ],
+        traffic_rows,
+        [
+            "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) as much.",
+            f"A draw: {size(draw.wire_draw)} received, {rows:,} rows tested in {duration(draw_seconds)} where all have "
+            f"changed, at the pace of this machine's {distributed.device().type.upper()}; snapshot: {size(draw.snapshot)} of "
+            "host memory a rank.",
+        ],
+    )
+    return [memory_table, traffic_table]

@@ -1,0 +1,1 @@
+"""Checks that everything a run needs is in place on every host."""
