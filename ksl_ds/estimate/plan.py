@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe
@@ -26,7 +25,7 @@ from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing
 from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, model_config, step_bytes
 from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.report.tables import size
-from ksl_ds.sharding.engine import TORCH_DTYPE, read_config
+from ksl_ds.sharding.engine import TORCH_DTYPE, linear_of_stage, read_config
 
 METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora", "prefix")
 RESERVED = 3 << 29  # 1.5 GiB of a GPU: CUDA's context, NCCL's buffers
@@ -72,9 +71,8 @@ class Plan:
         model = self.meta_model()
         if checkpointing:
             enable_checkpointing(self.meta_model())  # a model of its own: the dry run switches without random states
-        training, linear = self.recipe.training, F.linear
-        if self.zero.stage == 3:
-            from deepspeed.runtime.zero.linear import zero3_linear_wrap as linear
+        training = self.recipe.training
+        linear = linear_of_stage(self.zero.stage)
 
         def passes() -> dict[str, Any]:
             if self.too_slow:

@@ -24,6 +24,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.files import atomic_folder, reason
 from ksl_ds.model.dry_run import first_line, meta_model
 from ksl_ds.sharding.engine import TORCH_DTYPE
+from ksl_ds.sharding.partition import gathered
 
 ADAPTERS = ("lora", "prefix")  # of the recipe's `method`
 ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the output head
@@ -125,12 +126,9 @@ def save_adapter(model: Any, out: Path) -> None:
     UserError
         On every rank, where it cannot be written.
     """
-    import deepspeed
-
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    partitioned = [parameter for parameter in trained if hasattr(parameter, "ds_id")]
     message = None
-    with deepspeed.zero.GatheredParameters(partitioned):
+    with gathered(trained):
         if distributed.is_rank0():
             try:
                 with atomic_folder(out) as draft:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ksl_ds.sharding.partition import full_shape
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The model within wrappers for parallel training, DeepSpeed's engine and torch.compile."""
@@ -88,7 +90,7 @@ def weight_of(model_or_embedding: nn.Module, embedding: nn.Module) -> nn.Paramet
             "train_only_rows does not support DTensor weights (FSDP2, tensor parallelism); use DeepSpeed's ZeRO, "
             "DistributedDataParallel or one process"
         )
-    shape = getattr(weight, "ds_shape", weight.shape)
+    shape = full_shape(weight)
     if len(shape) != 2 or not weight.is_floating_point():
         raise ValueError(
             f"train_only_rows needs a floating weight of shape (V, D); {name} has {tuple(shape)} in {weight.dtype}"

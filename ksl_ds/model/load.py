@@ -21,6 +21,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.model.adapters import enable_checkpointing
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
+from ksl_ds.sharding.partition import full_shape, is_partitioned, local_part, stored_weight
 
 WORDS_AT_ONCE = 1 << 16
 
@@ -94,14 +95,14 @@ def free_weights(model: nn.Module) -> None:
     Its weights are taken from it, since deleting the model is not enough: DeepSpeed's hooks and caches hold on to it.
     """
     for parameter in model.parameters():
-        for weight in (parameter, getattr(parameter, "ds_tensor", parameter)):
+        for weight in (parameter, stored_weight(parameter)):
             weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
     """Copies between parameters of one shape, hence cut alike: each rank copies its own part."""
     with torch.no_grad():
-        getattr(target, "ds_tensor", target).copy_(getattr(source, "ds_tensor", source))
+        stored_weight(target).copy_(stored_weight(source))
 
 
 def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
@@ -121,7 +122,7 @@ def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parame
         stored = folder.stored_name(name)
         if stored is None or parameter is leave_out:
             continue
-        part, start = _local_part(parameter)
+        part, start = _own_share(parameter)
         if part.numel() == 0:
             continue
         expected = folder.read_flat(stored, start, start + part.numel())
@@ -136,11 +137,11 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     Two sums over the 16-bit words of a weight, modulo 2^64, one of them weighted with the words' positions: they find
     changes, not forgeries.
     """
-    sums = {name: _word_sums(*_local_part(parameter)) for name, parameter in model.named_parameters()}
+    sums = {name: _word_sums(*_own_share(parameter)) for name, parameter in model.named_parameters()}
     sums_of_ranks = distributed.gather_objects(sums)
     digests = {}
     for name, parameter in model.named_parameters():
-        shape = "x".join(map(str, getattr(parameter, "ds_shape", parameter.shape)))
+        shape = "x".join(map(str, full_shape(parameter)))
         totals = [sum(numbers) % 2**64 for numbers in zip(*(of_rank[name] for of_rank in sums_of_ranks), strict=True)]
         digests[name] = f"{shape} {totals[0]:016x}{totals[1]:016x}"
     return digests
@@ -162,13 +163,10 @@ def _word_sums(part: torch.Tensor, start: int) -> tuple[int, int]:
     return total, weighted
 
 
-def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+def _own_share(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
     """This rank's flat part of a parameter without padding, and its offset; an even share of an unpartitioned one."""
-    if hasattr(parameter, "ds_tensor"):
-        size = parameter.ds_tensor.ds_numel
-        start = size * torch.distributed.get_rank(parameter.ds_process_group)
-        part = parameter.ds_tensor.detach()
-        return part[: max(0, min(size, parameter.ds_numel - start))], start
+    if is_partitioned(parameter):
+        return local_part(parameter)
     size = -(-parameter.numel() // distributed.world_size())
     start = min(size * distributed.rank(), parameter.numel())
     return parameter.detach().flatten()[start : start + size], start

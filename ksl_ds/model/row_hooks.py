@@ -39,6 +39,7 @@ from ksl_ds.model.optimizers import (
     stepped_part,
 )
 from ksl_ds.sharding.masters import refresh_hidden_master
+from ksl_ds.sharding.partition import full_shape
 from ksl_ds.sharding.rows import is_stepped_by_zero
 
 SAMPLE = 1024  # elements outside the chosen rows by which an optimizer's decay is measured
@@ -208,7 +209,7 @@ class TrainedRows:
     def _elements_of(self, part: Stepped, weight: nn.Parameter) -> Elements:
         key = (part.start, part.flat.numel(), part.flat.dtype, part.flat.device)
         if self._elements is None or self._elements[0] != key:
-            num_rows, row_length = _shape(weight)
+            num_rows, row_length = full_shape(weight)
             end = part.start + part.flat.numel()
 
             def within(elements: Tensor) -> Tensor:
@@ -283,13 +284,13 @@ def train_only_rows(
     embedding = embedding_of(model_or_embedding)
     weight = weight_of(model_or_embedding, embedding)
     chosen = torch.unique(torch.as_tensor(ids, dtype=torch.int64, device="cpu"))
-    num_rows = _shape(weight)[0]
+    num_rows = full_shape(weight)[0]
     if chosen.numel() == 0:
         raise ValueError("train_only_rows needs at least one row id")
     if chosen[0] < 0 or chosen[-1] >= num_rows:
         raise ValueError(f"row ids must lie in 0 .. {num_rows - 1}; got {int(chosen[0])} .. {int(chosen[-1])}")
-    if base is not None and tuple(base.shape) != (len(chosen), _shape(weight)[1]):
-        raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(len(chosen), _shape(weight)[1])}")
+    if base is not None and tuple(base.shape) != (len(chosen), full_shape(weight)[1]):
+        raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(len(chosen), full_shape(weight)[1])}")
     weight.requires_grad_(True)
     refresh_hidden_master(weight)
     if is_in_adapter_model(model_or_embedding, embedding):
@@ -301,10 +302,6 @@ def train_only_rows(
     rows = TrainedRows(weight, chosen, base)
     rows.watch(*{embedding, unwrapped(model_or_embedding)})
     return rows
-
-
-def _shape(weight: nn.Parameter) -> torch.Size:
-    return getattr(weight, "ds_shape", weight.shape)
 
 
 def _is_restricted(embedding: nn.Module) -> bool:

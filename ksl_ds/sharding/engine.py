@@ -10,17 +10,19 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ksl_ds import distributed
 from ksl_ds.config.load import shipped_file
 from ksl_ds.config.schema import Recipe, Tuning
 from ksl_ds.errors import UserError
+from ksl_ds.sharding.partition import gathered
 
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -149,12 +151,17 @@ def destroy_engine(engine: Any) -> None:
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Every rank holds the whole model inside the block, for many cheap forward passes; between engines only."""
-    import deepspeed
-
-    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    gathering: AbstractContextManager = deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
-    with gathering:
+    with gathered(model.parameters()):
         yield model
+
+
+def linear_of_stage(stage: int) -> Callable[..., Tensor]:
+    """What computes linear layers: ZeRO-3 replaces torch's function by one that keeps the input even of frozen weights."""
+    if stage < 3:
+        return F.linear
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    return zero3_linear_wrap
 
 
 def set_library_verbosity(verbose: bool) -> None:

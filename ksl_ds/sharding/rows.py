@@ -23,6 +23,7 @@ from ksl_ds import distributed
 from ksl_ds.errors import UserError
 from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, travelling, whole_rows, zero3_parts
 from ksl_ds.sharding.masters import hidden_master
+from ksl_ds.sharding.partition import full_shape, is_partitioned, local_part
 
 BLOCK_BYTES = 64 << 20  # of rows that are worked on, or sent to all, at once
 
@@ -72,10 +73,8 @@ def master_part(parameter: Any, *, search: bool = True) -> tuple[Tensor, int]:
     The fp32 master values where an optimizer holds some, else the weights themselves. Padding is left out. Writing to the
     tensor writes to the optimizer's copy only; see `RowShard.write` for both. Without `search`, see `hidden_master`.
     """
-    if hasattr(parameter, "ds_tensor"):
-        size = parameter.ds_tensor.ds_numel
-        start = size * dist.get_rank(parameter.ds_process_group)
-        real = max(0, min(size, parameter.ds_numel - start))
+    if is_partitioned(parameter):
+        part, start = local_part(parameter)
         optimizer = getattr(parameter, "_z3_optimizer", None)
         if optimizer is not None and parameter.requires_grad:
             if optimizer.swap_optimizer:
@@ -84,8 +83,8 @@ def master_part(parameter: Any, *, search: bool = True) -> tuple[Tensor, int]:
                 )
             # DeepSpeed's public getter copies to the GPU what is offloaded; the optimizer's own view is wanted here.
             flat, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
-            return flat.detach()[:real], start
-        return parameter.ds_tensor.detach()[:real], start
+            return flat.detach()[: part.numel()], start
+        return part, start
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is not None:
         return mapping.hp_fragment.detach(), mapping.lp_fragment_address.start
@@ -121,11 +120,10 @@ class RowShard:
         self._parameter: Any = parameter  # DeepSpeed adds attributes to it
         # A collective of all ranks, which NCCL needs before two of them may talk alone.
         distributed.raise_if_any_rank(unsupported(parameter))
-        shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-        self.num_rows, self.row_length = shape
+        self.num_rows, self.row_length = full_shape(parameter)
         self.dtype: torch.dtype = parameter.dtype
         self.traffic = Traffic()
-        if hasattr(parameter, "ds_tensor"):
+        if is_partitioned(parameter):
             self._rows = owned_rows(self._zero3_parts(), self.num_rows, self.row_length)
         else:
             self._rows = even_rows(self.num_rows, distributed.world_size())
@@ -227,7 +225,7 @@ class RowShard:
 
     def _parts(self) -> list[Span] | None:
         """The span of the authoritative values on each rank; None where every rank has all."""
-        if hasattr(self._parameter, "ds_tensor"):
+        if is_partitioned(self._parameter):
             return self._zero3_parts()
         mapping = getattr(self._parameter, "_hp_mapping", None)
         here = None
@@ -262,7 +260,7 @@ class RowShard:
         """Every flat tensor on this rank that holds values of the parameter, and which."""
         flat, start = master_part(self._parameter)
         copies = [(flat, Span(start, start + flat.numel()))]
-        if hasattr(self._parameter, "ds_tensor"):
+        if is_partitioned(self._parameter):
             copies.append((self._parameter.ds_tensor.detach()[: flat.numel()], copies[0][1]))
         else:
             weights = self._parameter.detach().view(-1)
@@ -299,7 +297,7 @@ def cut(flat: Tensor, held: Span, wanted: Span) -> Tensor:
 
 def unsupported(parameter: Any) -> str | None:
     """Why rows of this parameter cannot be had, in a sentence; None for all that were tested."""
-    if not hasattr(parameter, "ds_tensor"):
+    if not is_partitioned(parameter):
         return None
     features = {
         "hpZ (zero_hpz_partition_size)": parameter.ds_zero_param_process_group is not None,

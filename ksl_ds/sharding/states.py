@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ksl_ds import distributed
 from ksl_ds.errors import UserError
+from ksl_ds.sharding.partition import is_partitioned
 from ksl_ds.sharding.rows import RowShard
 
 ENGINE_FOLDER, MATRIX_FILE = "deepspeed", "rows.safetensors"
@@ -95,7 +96,7 @@ class EngineState:
         weights = 0
         if distributed.is_rank0():  # it alone writes weights that are not partitioned
             trained = [weight for weight in self._engine.module.parameters() if weight.requires_grad]
-            weights = sum(weight.nbytes for weight in trained if not hasattr(weight, "ds_id"))
+            weights = sum(weight.nbytes for weight in trained if not is_partitioned(weight))
         return moments * 3 // 2 + weights + (1 << 20)  # two moments, and the masters
 
     def save(self, folder: Path) -> list[Path]:

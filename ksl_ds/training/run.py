@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ksl_ds import distributed
@@ -227,8 +226,3 @@ def corpus_sha256(corpus: Corpus) -> str:
     for pair in corpus.pairs:
         digest.update(f"{pair.source}\t{pair.target}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def numel(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter, partitioned or not."""
-    return getattr(parameter, "ds_numel", parameter.numel())

@@ -26,10 +26,11 @@ from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
+from ksl_ds.sharding.partition import full_numel, gathered
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import evaluate_stage
 from ksl_ds.training.loop import train
-from ksl_ds.training.run import RunContext, numel
+from ksl_ds.training.run import RunContext
 
 SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
 DRAW_FILE = "draw.safetensors"
@@ -82,7 +83,7 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
     evaluate_stage(
         run,
         "embed_tuning",
-        trained_parameters=numel(embedding),
+        trained_parameters=full_numel(embedding),
         outcome=outcome,
         tuned=checkpoints / "embed_tuning",
     )
@@ -146,7 +147,7 @@ def tune_all(run: RunContext) -> None:
         tuning=run.recipe.full_tuning,
         at_end=lambda: save_model(run, out),
     )
-    evaluate_stage(run, "full_tuning", trained_parameters=sum(map(numel, parameters)), outcome=outcome, tuned=out)
+    evaluate_stage(run, "full_tuning", trained_parameters=sum(map(full_numel, parameters)), outcome=outcome, tuned=out)
 
 
 def tune_adapter(run: RunContext) -> None:
@@ -159,7 +160,7 @@ def tune_adapter(run: RunContext) -> None:
     with distributed.raise_on_all_ranks():
         run.model = with_adapter(run.model, run.adapter)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    trained_parameters, out = sum(map(numel, parameters)), run.dir / "checkpoints" / stage
+    trained_parameters, out = sum(map(full_numel, parameters)), run.dir / "checkpoints" / stage
     if recipe.method == "lora":
         adapted = run.results["target_modules"] = target_modules(run.model)
         if run.adapter.target_modules == ALL_LINEAR:
@@ -269,11 +270,9 @@ def save_embedding(run: RunContext, shard: RowShard, out: Path) -> None:
 
 def save_model(run: RunContext, out: Path) -> None:
     """Writes the model as it stands: rank 0 gathers tensor by tensor and holds them in host memory while it writes."""
-    import deepspeed
-
     parameters = {}
     for name, parameter in run.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+        with gathered([parameter]):
             if distributed.is_rank0():
                 parameters[name] = parameter.detach().cpu().clone()
     untied = run.folder.tied and not run.model.config.tie_word_embeddings

@@ -1,0 +1,59 @@
+"""What ZeRO-3 makes of one parameter: whether it is partitioned, its full shape, this rank's part, gathering it.
+
+The rest of the package asks here instead of reading DeepSpeed's attributes. DeepSpeed is imported when it is needed only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO-3 has cut the parameter up, so that its own data may be empty."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def full_numel(parameter: Any) -> int:
+    """The number of elements of the whole parameter."""
+    return full_shape(parameter).numel()
+
+
+def stored_weight(parameter: Any) -> Tensor:
+    """The tensor in which this rank keeps its values: its flat part with padding, or the parameter itself."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def local_part(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's flat part of the weights without padding, a live view, and its offset in the flattened parameter.
+
+    All of it, with offset 0, where the parameter is not partitioned.
+    """
+    if not is_partitioned(parameter):
+        return parameter.detach().view(-1), 0
+    size = parameter.ds_tensor.ds_numel
+    start = size * dist.get_rank(parameter.ds_process_group)
+    return parameter.ds_tensor.detach()[: max(0, min(size, parameter.ds_numel - start))], start
+
+
+@contextmanager
+def gathered(parameters: Iterable[Any]) -> Iterator[None]:
+    """Every rank holds these parameters as a whole inside the block. Collective where any of them is partitioned."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
