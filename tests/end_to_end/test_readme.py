@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +19,17 @@ from ksl_ds.config import schema as recipes
 from ksl_ds.config.load import dotted_keys, load_recipe, shipped_file
 from ksl_ds.config.schema import Recipe
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("ds_configs", "ksl_ds", "launch", "tests")
+PATHS = [
+    REPOSITORY / "README.md",
+    *(path for name in FOLDERS for path in sorted((REPOSITORY / name).rglob("README.md"))),
+]
+TEXTS = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in PATHS}
+README = TEXTS["README.md"]
+EVERYTHING = "\n".join(TEXTS.values())
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").rglob("*.yaml"))
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", EVERYTHING, re.DOTALL | re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
@@ -48,7 +54,11 @@ def commands() -> list[list[str]]:
 
 def test_something_is_shipped_and_written_down():
     assert RECIPES and CONFIGS and blocks("bash") and blocks("yaml") and blocks("python") and commands()
-    assert README.count("\n```") == 2 * len(BLOCKS), "a fence is not closed"
+    assert EVERYTHING.count("\n```") == 2 * len(BLOCKS), "a fence is not closed"
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 10_000
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -101,9 +111,8 @@ def test_a_shipped_configuration_is_one_to_deepspeed(path, precision, monkeypatc
     assert [part is not None for part in offloads] == ["offload_optimizer" in shipped, "offload_param" in shipped]
 
 
-def test_the_readme_says_when_to_pick_which_configuration():
-    named = set(re.findall(r"\b[\w-]+\.json\b", README))
-    assert {path.name for path in CONFIGS} <= named
+def test_every_configuration_is_described():
+    assert {path.name for path in CONFIGS} <= set(re.findall(r"`([\w-]+\.json)`", TEXTS["ds_configs/README.md"]))
 
 
 # --- commands ---
@@ -130,7 +139,7 @@ def test_every_command_is_in_the_overview_and_in_the_readme(capsys):
     overview = capsys.readouterr().out
     for command, (what, _) in COMMANDS.items():
         assert re.search(rf"^  {command} +{re.escape(what)}$", overview, re.MULTILINE)
-        assert f"`{command}`" in README
+        assert f"`{command}`" in README and f"`{command}`" in TEXTS["launch/README.md"]
 
 
 def test_commands_of_the_readme_exist_and_take_their_keys(tmp_path):
@@ -152,7 +161,7 @@ def test_commands_of_the_readme_exist_and_take_their_keys(tmp_path):
 
 
 def test_commands_within_sentences_exist():
-    for words in re.findall(r"`ksl-ds ([^`]*)`", README):
+    for words in re.findall(r"`ksl-ds ([^`]*)`", EVERYTHING):
         command, *rest = words.split()
         assert command in (*COMMANDS, "COMMAND", "--help", "--version"), f"ksl-ds {words}"
         keys = [word.partition("=")[0] for word in rest if re.fullmatch(r"[a-z][\w.]*=.*", word)]
@@ -161,14 +170,14 @@ def test_commands_within_sentences_exist():
 
 
 def test_scripts_and_folders_that_are_named_exist_and_run():
-    scripts = set(re.findall(r"\blaunch/[\w/.-]+\.(?:sh|py|yaml|sbatch)\b", README))
+    scripts = set(re.findall(r"\b(?:launch|tests)/[\w/.-]+\.(?:sh|py|yaml|sbatch)\b", EVERYTHING))
     assert {"launch/quickstart.sh", "launch/test.sh"} <= scripts
     assert [name for name in scripts if not (REPOSITORY / name).is_file()] == []
     bash = shutil.which("bash")
     for script in sorted((REPOSITORY / "launch").glob("*.sh")):
         assert os.spawnl(os.P_WAIT, bash, "bash", "-n", str(script)) == 0, script
-    for name in re.findall(r"^  (\w+/)\s{2,}", README, re.MULTILINE):  # rooms in the layout
-        assert (REPOSITORY / "ksl_ds" / name).is_dir(), name
+    for name in re.findall(r"^(\w+/)\s{2,}", README, re.MULTILINE):  # the layout
+        assert (REPOSITORY / name).is_dir(), name
 
 
 # --- Python ---
@@ -183,6 +192,7 @@ def test_python_of_the_readme_compiles_and_its_imports_are_there(number):
             assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
-def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert [target for target in targets if not Path(REPOSITORY, target).exists()] == []
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_to_files_lead_somewhere(name):
+    targets = re.findall(r"\]\(([^)#:]+)\)", TEXTS[name])
+    assert [target for target in targets if not (REPOSITORY / name).parent.joinpath(target).exists()] == []
