@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from ksl_ds.lottery.ks import KSResult as KSResult
+    from ksl_ds.lottery.ks import critical_count as critical_count
+    from ksl_ds.lottery.ks import ks_2samp as ks_2samp
+    from ksl_ds.lottery.ticket import Ticket as Ticket
+    from ksl_ds.lottery.ticket import draw_ticket as draw_ticket
+    from ksl_ds.model.row_hooks import train_only_rows as train_only_rows
+
+__version__ = "0.2.0"
 __all__ = ["KSResult", "Ticket", "critical_count", "draw_ticket", "ks_2samp", "train_only_rows"]
 
 # Imported when first used, so that `ksl-ds --help` does not wait for torch.
@@ -23,3 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ksl_ds' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -121,8 +121,8 @@ def _command(command: str, words: list[str]) -> tuple[Callable[[], None], Any]:
     if command == "inspect":
         return lambda: importlib.import_module("ksl_ds.commands.inspect").run(words), None
     if command == "compare" and words and re.match(r"(--)?from(=|$)", words[0]):
-        name, _, file = words[0].partition("=")
-        files = [file] if file else words[1:]
+        name, _, results_file = words[0].partition("=")
+        files = [results_file] if results_file else words[1:]
         if len(files) != 1:
             raise UserError(f"compare {name} takes the results.json of one comparison")
         return lambda: importlib.import_module("ksl_ds.comparison.results").show_file(Path(files[0])), None

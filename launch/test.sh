@@ -6,7 +6,7 @@ source launch/environment.sh test
 
 ruff check .
 ruff format --check .
-mypy ksl_ds/lottery ksl_ds/sharding
+mypy ksl_ds
 codespell
 shellcheck launch/*.sh launch/*.sbatch .ci/run
 python -m pytest -q -n 2 --dist loadfile "$@" # two files at a time: tests wait for processes more than they compute

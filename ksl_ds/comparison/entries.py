@@ -109,11 +109,7 @@ def entries_of(compare: Compare) -> list[Entry]:
     order = ["untuned", "embed", "transfer", "ticket"]
     methods = [name for name in order if name in compare.methods]
     methods += [name for name in ENTRIES if name in compare.methods and name not in order]
-    return [
-        Entry(method, alpha)
-        for method in methods
-        for alpha in (compare.alphas if method in OF_ALPHA else [None])  # type: ignore[list-item]
-    ]
+    return [Entry(method, alpha) for method in methods for alpha in (compare.alphas if method in OF_ALPHA else [None])]
 
 
 def seeds_of(entry: Entry, compare: Compare) -> list[int]:

@@ -138,11 +138,12 @@ def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> 
 
 def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> None:
     comparison, stages = results["comparison"], results["stages"]
-    first_runs = {
-        key: next((run for run in comparison["runs"][key].values() if "scores" in run), None) for key in stages
-    }
-    first_runs = {key: first_runs[key] for key in comparison["order"] if first_runs.get(key)}
-    metrics = {}
+    first_runs: dict[str, Mapping[str, Any]] = {}
+    for key in comparison["order"]:
+        scored = [run for run in comparison["runs"][key].values() if "scores" in run]
+        if key in stages and scored:
+            first_runs[key] = scored[0]
+    metrics: dict[str, list[Mapping[str, Any]]] = {}
     for key, run in first_runs.items():
         metrics[key] = [line for line in read_metrics(home / run["folder"]) if line["stage"] == run["stage"]]
     intervals = {key: report.interval(comparison, key) for key in first_runs}

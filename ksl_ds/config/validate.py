@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from ksl_ds.config.schema import METHODS, NEEDS_EMBED, Compare, Recipe
 from ksl_ds.errors import UserError
@@ -23,7 +24,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_compare(compare: Compare) -> None:
     """Raises UserError naming the key of `compare` that cannot be followed."""
-    for name, values in {"methods": compare.methods, "alphas": compare.alphas, "seeds": compare.seeds}.items():
+    lists: dict[str, list[Any]] = {"methods": compare.methods, "alphas": compare.alphas, "seeds": compare.seeds}
+    for name, values in lists.items():
         if len(set(values)) < len(values) or not values:
             raise UserError(f"compare.{name} is {values}; it must name something, and nothing twice")
     for method in compare.methods:

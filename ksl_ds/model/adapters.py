@@ -69,26 +69,26 @@ def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
         raise UserError(f"method=lora: PEFT cannot adapt the architecture {model_config.model_type}: {problem}")
 
     size = recipe.prefix.num_virtual_tokens
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=size)
-    problem = _prefix_problem(empty_model(), config)
-    if problem is None:
-        return config
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=size)
+    no_prefix = _prefix_problem(empty_model(), prefix)
+    if no_prefix is None:
+        return prefix
     shape = _cached_shape(empty_model())
     if shape is not None:
         layers, heads, channels = shape
-        config = PrefixTuningConfig(
+        prefix = PrefixTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=size,
             num_layers=layers,
             num_attention_heads=heads,
             token_dim=heads * channels,
         )
-        problem = _prefix_problem(empty_model(), config)
-        if problem is None:
-            return config
+        no_prefix = _prefix_problem(empty_model(), prefix)
+        if no_prefix is None:
+            return prefix
     raise UserError(
         f"method=prefix: prefix tuning by PEFT does not exist for the architecture {model_config.model_type} "
-        f"as it is trained here: {problem}"
+        f"as it is trained here: {no_prefix}"
     )
 
 

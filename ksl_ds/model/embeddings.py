@@ -36,9 +36,10 @@ def embedding_of(model_or_embedding: nn.Module) -> nn.Module:
         raise ValueError(
             "train_only_rows does not support FSDP; use DeepSpeed's ZeRO, DistributedDataParallel or one process"
         )
-    if hasattr(module, "get_input_embeddings"):
+    get_embedding: Any = getattr(module, "get_input_embeddings", None)
+    if get_embedding is not None:
         try:
-            embedding = module.get_input_embeddings()
+            embedding = get_embedding()
         except (NotImplementedError, AttributeError):
             embedding = None
         if not isinstance(embedding, nn.Module):

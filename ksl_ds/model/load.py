@@ -58,7 +58,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         # Where config.json says tied and the files hold two matrices, transformers compares the two, and under stage 3 it
         # sees two empty ones.
         model_config.tie_word_embeddings = False
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder.path,
         config=model_config,
         dtype=TORCH_DTYPE[recipe.training.precision],
@@ -68,6 +68,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         # The checkpoint's generation_config.json must change no score (see text/translate.py).
         generation_config=GenerationConfig(eos_token_id=folder.end_ids or None),
     )
+    model, info = loaded
     del zero_config
     if stage_of(config) < 3:
         model.to(distributed.device())

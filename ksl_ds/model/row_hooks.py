@@ -199,8 +199,8 @@ class TrainedRows:
                     "rows are no longer restricted; call remove() and then train_only_rows again"
                 )
         weight = embedding_of(module)._parameters["weight"]
-        is_own = weight is self._reference()
-        if is_own and module.training and not weight.requires_grad and not self._has_optimizer:
+        is_own = weight is not None and weight is self._reference()
+        if weight is not None and is_own and module.training and not weight.requires_grad and not self._has_optimizer:
             raise RuntimeError(
                 "train_only_rows: the embedding was frozen afterwards, so none of its rows would train; PEFT does that: "
                 "call train_only_rows after get_peft_model, or call remove()"

@@ -84,8 +84,8 @@ class TicketRows(nn.Module):
 
 def look_up(embedding: nn.Module, rows_KD: Tensor, place_BL: Tensor, padding_place: int | None) -> Tensor:
     """What `embedding` would give for `place_BL` if `rows_KD` were its weight; no gradient for the padding row."""
-    twin = copy.copy(embedding)
-    twin._parameters = {"weight": rows_KD}  # type: ignore[dict-item]
+    twin: Any = copy.copy(embedding)
+    twin._parameters = {"weight": rows_KD}
     if hasattr(embedding, "padding_idx"):
         twin.padding_idx = padding_place
     # Not twin(...): the copy has the embedding's hooks, and this runs inside of one.
@@ -114,7 +114,7 @@ class _ReplaceLogits(torch.autograd.Function):
         return logits_BLV.index_copy_(-1, ids_K, F.linear(hidden_BLD, rows_KD, bias_K))
 
     @staticmethod
-    def backward(ctx: Any, gradient_BLV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_BLV: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BLD, rows_KD, base_KD, ids_K = ctx.saved_tensors
         gradient_BLK = gradient_BLV.index_select(-1, ids_K)
         gradient_KD = gradient_BLK.flatten(0, -2).T @ hidden_BLD.flatten(0, -2)

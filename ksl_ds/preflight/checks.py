@@ -190,7 +190,7 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
         for name in ("train", "valid", "test"):
             if name == "valid" and not text.valid:
                 continue
-            corpus = load_corpus(text, name, recipe.text_seed)  # type: ignore[arg-type]
+            corpus = load_corpus(text, name, recipe.text_seed)
             examples, _ = encode_corpus(corpus, prompt, text.max_length)
             every[name] = examples
             digests.append(corpus_sha256(corpus))

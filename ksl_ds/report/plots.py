@@ -23,6 +23,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -49,7 +50,7 @@ STYLE = {
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "grid.color": INK,
     "grid.alpha": 0.12,
     "grid.linewidth": 0.6,
@@ -66,7 +67,8 @@ STYLE = {
 
 def style() -> AbstractContextManager[None]:
     """The style of all figures, for a `with` block; matplotlib's own settings come back after it."""
-    return matplotlib.rc_context(STYLE)
+    settings: Any = STYLE  # matplotlib's stubs list every key as a literal
+    return matplotlib.rc_context(settings)
 
 
 @contextmanager
@@ -149,7 +151,7 @@ def d_histogram(statistic_V: np.ndarray, thresholds: Mapping[float, float]) -> F
     with style():
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.subplots()
-        axes.hist(statistic_V, bins=_lattice_bins(statistic_V), color=PALETTE[0], log=True)
+        axes.hist(statistic_V, bins=_lattice_bins(statistic_V).tolist(), color=PALETTE[0], log=True)
         # Neighbouring values of D are at least 1/d apart, and float32 may have been rounded below its own threshold.
         for color, (alpha, threshold) in zip(PALETTE[1:], sorted(thresholds.items()), strict=False):
             above = int((statistic_V >= threshold * (1 - 1e-6)).sum())
@@ -185,7 +187,8 @@ def ecdf_rows(
             axes.axis("off")
         for axes, before_D, after_D, token in zip(panels, before_KD, after_KD, token_texts, strict=False):
             both = np.sort(np.concatenate([before_D, after_D]))
-            grid = np.linspace(*np.quantile(both, [0.002, 0.998]), ECDF_POINTS)
+            lowest, highest = np.quantile(both, [0.002, 0.998])
+            grid = np.linspace(float(lowest), float(highest), ECDF_POINTS)
             for sample_D, color, label in ((before_D, PALETTE[7], "before"), (after_D, PALETTE[0], "after")):
                 axes.plot(grid, _ecdf(sample_D, grid), color=color, label=label)
             gaps = np.abs(_ecdf(before_D, both) - _ecdf(after_D, both))

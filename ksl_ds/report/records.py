@@ -96,9 +96,10 @@ class SeedTest(Record):
 class EntryRun(Record):
     """An entry with one seed: its scores, or why there are none."""
 
-    scores: Scores = Field(default=None)  # may be absent, but not null
-    missing: str = Field(default=None)
-    same_as: str = Field(default=None)
+    # May be absent, but not null.
+    scores: Scores = Field(default=None)  # type: ignore[assignment]
+    missing: str = Field(default=None)  # type: ignore[assignment]
+    same_as: str = Field(default=None)  # type: ignore[assignment]
 
 
 class Comparison(Record):

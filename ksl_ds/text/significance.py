@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ksl_ds.text.corpus import one_line
 
@@ -64,7 +65,7 @@ def paired_bootstrap(
     found: dict[str, dict[str, Tested]] = {name: {} for name, _ in named}
     # sacrebleu names them as it prints them, in the order given.
     for metric, title in zip(metrics, signatures, strict=True):
-        results = scores[title]
+        results: Any = scores[title]
         for (name, _), result in zip(named, results, strict=True):
             tested = found[name][metric] = Tested(result.score, float(result.mean), float(result.ci))
             if name != baseline:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ksl_ds import distributed
 from ksl_ds.config.schema import Evaluation
@@ -36,7 +35,7 @@ class Translation:
 
 @torch.no_grad()
 def translate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: list[list[int]],
     evaluation: Evaluation,
@@ -95,7 +94,7 @@ def search_settings(evaluation: Evaluation, end_ids: list[int], pad_id: int) -> 
 
 
 @contextmanager
-def _only_settings(model: nn.Module, settings: Any) -> Iterator[None]:
+def _only_settings(model: Any, settings: Any) -> Iterator[None]:
     """Keeps `generate` from filling what `settings` leaves open from the checkpoint's generation config."""
     checkpoints_own = model.generation_config
     model.generation_config = settings
@@ -105,7 +104,7 @@ def _only_settings(model: nn.Module, settings: Any) -> Iterator[None]:
         model.generation_config = checkpoints_own
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, which training teaches, and the model's own."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]

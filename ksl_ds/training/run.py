@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ksl_ds import distributed
 from ksl_ds.config.load import differing_keys, load_recipe, save_recipe
 from ksl_ds.config.schema import Recipe
@@ -49,7 +47,7 @@ class RunContext:
     config: dict[str, Any]  # DeepSpeed's
     folder: ModelFolder
     tokenizer: Any
-    model: nn.Module
+    model: Any  # a transformers causal language model
     tracker: Tracker
     corpora: dict[str, Corpus]
     examples: dict[str, list[Example]]

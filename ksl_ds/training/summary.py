@@ -129,8 +129,9 @@ def write_run_report(
     )
 
 
-def _figures(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> dict[str, Any]:
-    statistic_V = shift.count_V / shift.num_samples
+def _figures(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Any) -> dict[str, Any]:
+    statistic_V: Any = shift.count_V / shift.num_samples  # numpy takes CPU tensors as they are
+    shift_ratio_V: Any = shift.shift_ratio_V
     thresholds = {
         alpha: critical_count(drawn.num_samples, alpha, drawn.method) / drawn.num_samples for alpha in THRESHOLDS
     }
@@ -141,13 +142,13 @@ def _figures(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) 
         "Training": plots.training_curves(read_metrics(run.dir)),
         "Distribution of D over the vocabulary": plots.d_histogram(statistic_V, thresholds),
         "Rows of largest D, before and after": plots.ecdf_rows(
-            drawn.base_rows_KD[top_K].float(), drawn.rows_KD[top_K], texts
+            drawn.base_rows_KD[top_K].float().numpy(), drawn.rows_KD[top_K].numpy(), texts
         ),
         "D against how often a token occurs in the training text": plots.d_against(
             statistic_V, frequency_V, "occurrences in the training text", drawn_K=drawn.token_ids
         ),
         "D against how far a row moved for its length": plots.d_against(
-            statistic_V, shift.shift_ratio_V, "shift ratio", drawn_K=drawn.token_ids
+            statistic_V, shift_ratio_V, "shift ratio", drawn_K=drawn.token_ids
         ),
     }
 
