@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ksl_ds.commands import estimate
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
+from ksl_ds.estimate import plan as plans
+from ksl_ds.estimate import tables
 from ksl_ds.estimate.memory import MethodCost
 from ksl_ds.model import dry_run
 from ksl_ds.model.adapters import ALL_LINEAR, adapter_config, with_adapter
@@ -29,10 +30,10 @@ def shallow(model_type: str, layers: int = 2) -> object:
     return config
 
 
-def plan_for(config: object, *words: str) -> estimate.Plan:
+def plan_for(config: object, *words: str) -> plans.Plan:
     words = ("run_dir=x", "model.path=x", "text.max_length=8", "training.micro_batch_size=1", *words)
     recipe = load_recipe(Recipe, None, list(words))
-    return estimate.Plan(config.model_type, config, recipe, estimate.Zero(stage=3), 4, 3)
+    return plans.Plan(config.model_type, config, recipe, plans.Zero(stage=3), 4, 3)
 
 
 def test_every_architecture_gets_an_estimate_or_a_sentence(monkeypatch):
@@ -59,8 +60,8 @@ def test_every_architecture_gets_an_estimate_or_a_sentence(monkeypatch):
 
 
 def tables_of(config: object, monkeypatch) -> list[str]:
-    monkeypatch.setattr(estimate, "seconds_of_a_row", lambda width: 1.0)
-    memory, _ = estimate.tables(plan_for(config), load_recipe(EstimateCommand, None, ["model=x", "gpu_memory=80"]))
+    monkeypatch.setattr(tables, "seconds_of_a_row", lambda width: 1.0)
+    memory, _ = tables.tables(plan_for(config), load_recipe(EstimateCommand, None, ["model=x", "gpu_memory=80"]))
     return [" ".join(row) for row in memory.rows] + memory.notes
 
 
@@ -80,7 +81,7 @@ def test_a_dry_run_ends_at_its_deadline_and_is_not_tried_again(monkeypatch):
     plan = plan_for(shallow("llama"))
     method = plan.method("embed", checkpointing=False)
     assert method.working is None and "takes more than" in method.unknown and plan.too_slow == method.unknown
-    monkeypatch.setattr(estimate, "step_bytes", lambda *args, **kwargs: pytest.fail("tried again"))
+    monkeypatch.setattr(plans, "step_bytes", lambda *args, **kwargs: pytest.fail("tried again"))
     assert plan.method("full", checkpointing=False).unknown == method.unknown
     with pytest.raises(TooSlow):
         step_bytes(plan.meta_model(), 1, 8, 4, checkpointing=False)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from ksl_ds import distributed
 
-cluster.start()
+distributed.initialize()
 assert list(Path("/dev/shm").glob(f"deepspeed*_{os.environ['MASTER_PORT']}_*")) == []
-cluster.stop()
+distributed.shutdown()
 """
 
 

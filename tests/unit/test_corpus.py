@@ -214,7 +214,7 @@ def test_local_files_leave_no_cache_behind(tmp_path):
     pandas.DataFrame(rows()).to_parquet(tmp_path / "a.parquet")
     jsonl(tmp_path / "a.jsonl", rows())
     code = (
-        "import sys; from ksl_ds.recipe import Text; from ksl_ds.text.corpus import load_corpus\n"
+        "import sys; from ksl_ds.config.schema import Text; from ksl_ds.text.corpus import load_corpus\n"
         "load_corpus(Text(train=['a.parquet', 'a.jsonl']), 'train', 0)\n"
         "print([name for name in ('torch', 'deepspeed', 'transformers', 'datasets') if name in sys.modules])"
     )
@@ -266,7 +266,7 @@ def test_the_order_is_the_same_in_every_process(tmp_path):
     for index in range(12):
         (tmp_path / f"{index}.po").write_text(f'msgid "source {index}"\nmsgstr "target {index}"\n')
     code = (
-        "from ksl_ds.recipe import Text; from ksl_ds.text.corpus import load_corpus\n"
+        "from ksl_ds.config.schema import Text; from ksl_ds.text.corpus import load_corpus\n"
         "print([pair.source for pair in load_corpus(Text(train=['.']), 'train', 5).pairs])"
     )
     orders = {

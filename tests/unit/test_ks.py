@@ -418,7 +418,7 @@ def test_other_shapes_and_arguments_are_refused():
         pvalues(torch.arange(1), 0)
 
 
-@pytest.mark.parametrize("name", ["lottery.ks", "lottery.pvalues", "lottery.ticket", "model.rows"])
+@pytest.mark.parametrize("name", ["lottery.ks", "lottery.pvalues", "lottery.ticket", "model.row_hooks"])
 def test_docstring_examples_run(name):
     results = doctest.testmod(importlib.import_module(f"ksl_ds.{name}"))
     assert results.attempted > 0 and results.failed == 0

@@ -16,11 +16,13 @@ from ksl_ds.training import stages
 def test_a_ticket_must_be_the_one_that_the_draw_selects(monkeypatch, tmp_path, ticket_ids, fits):
     run = SimpleNamespace(recipe=Recipe(), dir=tmp_path)
     ticket = SimpleNamespace(token_ids=ticket_ids)
-    for name, answer in {"load_shift": "shift", "token_frequency": None, "load_ticket": ticket}.items():
+    shift = SimpleNamespace(count_V=torch.zeros(7), num_samples=4)
+    shard = SimpleNamespace(num_rows=7, row_length=4)
+    for name, answer in {"load_shift": shift, "token_frequency": None, "load_ticket": ticket}.items():
         monkeypatch.setattr(stages, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(stages, "ids_of_draw", lambda *_, **__: torch.tensor([3, 5]))
     if fits:
-        assert stages.load_draw(run, SimpleNamespace()) == ("shift", ticket)
+        assert stages.load_draw(run, shard) == (shift, ticket)
     else:
         with pytest.raises(UserError, match=r"partial_transfer is not the ticket that .*draw.safetensors selects"):
-            stages.load_draw(run, SimpleNamespace())
+            stages.load_draw(run, shard)

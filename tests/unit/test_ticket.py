@@ -399,6 +399,6 @@ def test_ticket_refuses_another_tokenizer(tmp_path):
 
 def test_ticket_refuses_a_partitioned_model(tmp_path):
     ticket, model = ticket_on(make_model_folder(tmp_path / "base"))
-    model.get_input_embeddings().weight.ds_id = 0
+    model.get_input_embeddings().weight.data = torch.empty(0)  # as ZeRO-3 leaves it
     with pytest.raises(ValueError, match="partitioned by ZeRO-3"):
         ticket.apply(model)

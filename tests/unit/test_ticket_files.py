@@ -13,6 +13,7 @@ import torch
 from mutations import FILES_OF_OTHER_KINDS, REPLACEMENTS, changed, paths
 from tickets import IDS, Malicious, random_matrix, same, shifted
 
+from ksl_ds import files
 from ksl_ds.commands import inspect
 from ksl_ds.errors import UserError
 from ksl_ds.lottery import ticket_files
@@ -135,16 +136,16 @@ def test_ticket_with_peft_config_of_other_rows_is_refused(folder):
         Ticket.load(folder)
 
 
-@pytest.mark.parametrize("failing", ["_write_json", "sync"])
+@pytest.mark.parametrize(("module", "failing"), [(ticket_files, "_write_json"), (files, "sync")])
 @pytest.mark.parametrize("existing", [False, True])
-def test_interrupted_ticket_write_leaves_the_old_or_nothing(folder, tmp_path, monkeypatch, failing, existing):
+def test_interrupted_ticket_write_leaves_the_old_or_nothing(folder, tmp_path, monkeypatch, module, failing, existing):
     old = Ticket.load(folder)
     target = folder if existing else tmp_path / "new"
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ticket_files, failing, no_space)
+    monkeypatch.setattr(module, failing, no_space)
     with pytest.raises(OSError, match="No space"):
         old.with_rows(old.rows_KD + 1).save(target, "model.embed_tokens")
     assert [path.name for path in tmp_path.iterdir()] == ["ticket"]
