@@ -198,7 +198,8 @@ class TrainedRows:
                     "train_only_rows: the embedding or its weight was replaced (assigned, parametrized or wrapped), so its "
                     "rows are no longer restricted; call remove() and then train_only_rows again"
                 )
-        weight = embedding_of(module)._parameters["weight"]
+        # Not by [...]: in a forward pass ZeRO-3 would gather the weight for that, and keep it gathered for the whole step.
+        weight = embedding_of(module)._parameters.get("weight")
         is_own = weight is not None and weight is self._reference()
         if weight is not None and is_own and module.training and not weight.requires_grad and not self._has_optimizer:
             raise RuntimeError(

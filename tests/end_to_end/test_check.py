@@ -13,7 +13,9 @@ from tiny import make_model_folder, write_pairs
 from ksl_ds.commands import check
 from ksl_ds.config.load import load_recipe, save_recipe
 from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
+from ksl_ds.files import write_json
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.preflight import checks
 from ksl_ds.preflight.checks import Checklist
@@ -122,7 +124,15 @@ def test_what_resume_would_fail_on_is_named(job, capsys):
     recipe = load_recipe(Recipe, "recipe.yaml", words)
     (job / "run").mkdir()
     save_recipe(recipe, job / "run/recipe.yaml")
-    (job / "run/results.json").write_text(json.dumps({"stages": {"untuned": {}}, "text": {}}))
+    scores = dict.fromkeys(("trained_parameters", "test_loss", "bleu", "chrf", "first_line_bleu"), 0)
+    results = {
+        "stages": {"untuned": scores | {"steps": 0, "planned_steps": 0}},
+        "baselines": {},
+        "text": {},
+        "environment": hardware_and_versions(),
+        "recipe": recipe,
+    }
+    write_json(job / "run/results.json", results)
     found = inputs_of(recipe, ModelFolder(job / "model"), deepspeed_config(recipe)) | {"weights": {}}
     record_inputs(job / "run", found, resumes=False)
     shown = lines(capsys, *words)
