@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksl_ds.config.load import differing_keys
+from ksl_ds.config.load import differing_keys, with_current_names
 from ksl_ds.config.schema import NEEDS_EMBED, Compare, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import clean
@@ -96,7 +96,7 @@ class Entry:
             own.method = self.method  # type: ignore[assignment]
         elif self.method != "untuned":
             own.method = "ticket"
-            own.draw.every = own.draw.stop_when_settled = None
+            own.draw.every = own.draw.early_stopping = None
         if self.alpha is not None:
             own.draw.selection, own.draw.alpha = "alpha", self.alpha
         elif self.needs_embed:
@@ -162,7 +162,7 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     results = read_results(run_dir)
     if entry.method not in ("untuned", "embed", *OF_ALPHA) or results is None:
         return None
-    theirs = results["recipe"]
+    theirs = with_current_names(results["recipe"])
     if entry.stage not in results["stages"] or theirs["seed"] != wanted.seed:
         return None
     drawn, own = theirs["draw"], clean(wanted)["draw"]

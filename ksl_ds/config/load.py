@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import logging
 import os
 import re
 import typing
@@ -15,9 +16,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ksl_ds.config.schema import KEYS_THAT_MAY_CHANGE_ON_RESUME, MISSING, NULL, PACKAGE_DIR, Recipe
+from ksl_ds.config.schema import KEYS_THAT_MAY_CHANGE_ON_RESUME, MISSING, NULL, PACKAGE_DIR, RENAMED, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 def dotted_keys(section: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -62,7 +65,8 @@ def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
         return keys
 
     ours, theirs = (
-        flat(dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else recipe) for recipe in (left, right)
+        flat(dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else with_current_names(recipe))
+        for recipe in (left, right)
     )
     return {
         name: (ours.get(name), theirs.get(name))
@@ -88,6 +92,44 @@ def shipped_hint(name: str, folder: str) -> str:
     return f"; for the one that comes with ksl_ds give {bare} alone" if shipped else ""
 
 
+def with_current_names(given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's mapping in which renamed keys have their current names.
+
+    Raises
+    ------
+    UserError
+        Where a key is given by both of its names.
+    """
+    current = dict(given)
+    for old, new in RENAMED.items():
+        section, _, old_short = old.partition(".")
+        values = current.get(section)
+        if isinstance(values, dict) and old_short in values:
+            short = new.partition(".")[2]
+            if short in values:
+                raise UserError(f"{old} is the old name of {new}, and both are given; remove {old}")
+            current[section] = {short if name == old_short else name: value for name, value in values.items()}
+    return current
+
+
+def _word_with_current_name(word: str) -> str:
+    name, equals, value = word.partition("=")
+    for old, new in RENAMED.items():
+        if name == old or name.startswith(f"{old}."):
+            return f"{new}{name.removeprefix(old)}{equals}{value}"
+    return word
+
+
+def _warn_of_old_names(given: dict[str, Any], words: list[str]) -> None:
+    """One line for each renamed key that a recipe or a command line still uses."""
+    named = {word.partition("=")[0] for word in words}
+    for old, new in RENAMED.items():
+        section, _, short = old.partition(".")
+        in_file = isinstance(given.get(section), dict) and short in given[section]
+        if in_file or any(name == old or name.startswith(f"{old}.") for name in named):
+            logger.warning("%s is now called %s; the old name will be removed", old, new)
+
+
 def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
     """The recipe `schema` from a YAML file and `key=value` words, checked.
 
@@ -97,13 +139,15 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
         For a missing file, broken YAML, an unknown key (the nearest known one is named), a wrong type or value.
     """
     given: dict[str, Any] = {}
+    content = _read_yaml(file) if file is not None else {}
+    _warn_of_old_names(content, overrides)
     if file is not None:
-        given = _as_meant(schema, _read_yaml(file))
         try:
+            given = _as_meant(schema, with_current_names(content))
             _validated(schema, given)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
-    for word in overrides:
+    for word in map(_word_with_current_name, overrides):
         given = _merged(given, _as_meant(schema, _read_word(schema, word)))
     recipe = _validated(schema, given)
     required = [name for name, (default, _) in dotted_keys(schema).items() if default == MISSING]

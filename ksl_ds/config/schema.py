@@ -97,10 +97,10 @@ class Training:
     batch_size: BatchSize = key(128, "pairs in a global batch: over all ranks and accumulation steps")
     micro_batch_size: BatchSize = key(8, "pairs that one rank runs at once; the accumulation steps follow from it")
     precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; the optimizer keeps fp32")
-    clip: NotNegative = key(1.0, "largest gradient norm; 0 switches clipping off")
+    max_grad_norm: NotNegative = key(1.0, "largest gradient norm; 0 switches clipping off")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
     log_every: Count = key(1, "steps between two lines of metrics.jsonl")
-    valid_every: Count | None = key(None, "steps between two validation losses; empty: at the end of training only")
+    eval_every: Count | None = key(None, "steps between two validation losses; empty: at the end of training only")
 
 
 @dataclass(config=STRICT)
@@ -109,7 +109,7 @@ class Tuning:
     epochs: Amount = key(3.0, "passes over the training text")
     max_steps: Count | None = key(None, "optimizer steps; replaces epochs when given")
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "learning rate after the warm-up")
-    warmup: Share = key(0.03, "share of the steps in which the learning rate rises, the first of W to 1/W of it")
+    warmup_ratio: Share = key(0.03, "share of the steps in which the learning rate rises, the first of W to 1/W of it")
     weight_decay: NotNegative = key(0.0, "AdamW's decoupled decay; of ticket rows: towards their base values")
     betas: list[Share] = key([0.9, 0.999], "AdamW's averaging coefficients")
     epsilon: Positive = key(1e-8, "AdamW's denominator term")
@@ -168,7 +168,7 @@ class Draw:
     )
     top_k: Count = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
     every: Count | None = key(None, "draw every so many steps of embed tuning too, to watch the ticket settle")
-    stop_when_settled: EarlyStopping | None = key(
+    early_stopping: EarlyStopping | None = key(
         None, "end embed tuning when the ticket has settled, such as {overlap: 0.95, draws: 3}; needs draw.every"
     )
 
@@ -236,6 +236,18 @@ class Checkpoint:
     )
     keep_last: Count = key(2, "checkpoints of a training to keep, the newest; all go when its stage is complete")
 
+
+# Old names of keys, which are still accepted, and the names that replaced them.
+RENAMED = {
+    "training.clip": "training.max_grad_norm",
+    "training.valid_every": "training.eval_every",
+    "draw.stop_when_settled": "draw.early_stopping",
+    "embed_tuning.warmup": "embed_tuning.warmup_ratio",
+    "partial_tuning.warmup": "partial_tuning.warmup_ratio",
+    "full_tuning.warmup": "full_tuning.warmup_ratio",
+    "lora.warmup": "lora.warmup_ratio",
+    "prefix.warmup": "prefix.warmup_ratio",
+}
 
 # Keys and sections that may change before a run is gone on with, since no training depends on them.
 KEYS_THAT_MAY_CHANGE_ON_RESUME = (

@@ -17,8 +17,8 @@ def check_recipe(recipe: Recipe) -> None:
         betas = getattr(recipe, name).betas
         if len(betas) != 2:
             raise UserError(f"{name}.betas is {betas}; it takes two numbers")
-    if recipe.draw.stop_when_settled is not None and recipe.draw.every is None:
-        raise UserError("draw.stop_when_settled needs draw.every, the number of steps between two draws")
+    if recipe.draw.early_stopping is not None and recipe.draw.every is None:
+        raise UserError("draw.early_stopping needs draw.every, the number of steps between two draws")
     check_compare(recipe.compare)
 
 

@@ -163,7 +163,7 @@ class DrawMonitor:
         ticket = set(ids_K.tolist())
         overlap = len(ticket & self._last) / len(ticket | self._last) if ticket | self._last else 0.0
         self._last = ticket
-        settled = self._draw.stop_when_settled
+        settled = self._draw.early_stopping
         if settled is not None:
             self._settled_draws = self._settled_draws + 1 if overlap >= settled.overlap else 0
         statistic_V = shift.count_V.double() / shift.num_samples

@@ -50,7 +50,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     decided = {
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation_steps(recipe), "training.batch_size"),
-        "gradient_clipping": (training.clip, "training.clip"),
+        "gradient_clipping": (training.max_grad_norm, "training.max_grad_norm"),
         "bf16.enabled": (training.precision == "bf16", "training.precision"),
         "fp16.enabled": (training.precision == "fp16", "training.precision"),
     }

@@ -63,7 +63,7 @@ def learning_rates(optimizer: torch.optim.Optimizer, tuning: Tuning, num_steps: 
     """
     from transformers import get_scheduler
 
-    warmup_steps = math.ceil(tuning.warmup * num_steps)
+    warmup_steps = math.ceil(tuning.warmup_ratio * num_steps)
     name = "constant_with_warmup" if tuning.schedule == "constant" else tuning.schedule
     schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
     share_of = schedule.lr_lambdas[0]
@@ -197,7 +197,7 @@ def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[i
 def _validate(run: RunContext, engine: Any, outcome: TrainingStats, last: bool) -> dict[str, Any]:
     """The validation loss where it is due, for the log and the outcome."""
     training, valid = run.recipe.training, run.examples.get("valid", [])
-    if not valid or not (last or (training.valid_every and outcome.steps % training.valid_every == 0)):
+    if not valid or not (last or (training.eval_every and outcome.steps % training.eval_every == 0)):
         return {}
     outcome.valid_loss = corpus_loss(engine, run.model, valid, run.pad_id, training.micro_batch_size)
     return {"valid_loss": outcome.valid_loss}

@@ -39,7 +39,7 @@ MISTAKES = {
     ("model.path=small",): ["50", "tokenizer"],
     ("draw.alpha=1",): ["draw.alpha"],
     ("text.prompt=say {sentence}",): ["{source}"],
-    ("deepspeed=clip.json",): ["gradient_clipping", "0.5", "training.clip"],
+    ("deepspeed=clip.json",): ["gradient_clipping", "0.5", "training.max_grad_norm"],
     ("deepspeed=optimizer.json",): ["optimizer", "embed_tuning"],
     ("deepspeed=nowhere.json",): ["nowhere.json"],
     ("num_ranks=7",): ["num_ranks=7", str(distributed.world_size())],

@@ -99,7 +99,7 @@ assert after["stages"] == json.loads(before)["stages"]
 # What resume=auto cannot go on with, in a sentence on every rank.
 MISTAKES = {
     ("run_dir=rows parts",): ["already holds a run", "resume=auto"],
-    ("run_dir=rows parts", "resume=auto", "training.clip=2"): ["training.clip=1.0", "2.0"],
+    ("run_dir=rows parts", "resume=auto", "training.max_grad_norm=2"): ["training.max_grad_norm=1.0", "2.0"],
     ("run_dir=model", "resume=auto"): ["model", "recipe.yaml"],
     ("run_dir=rows parts", "resume=auto", "text.train=other.jsonl"): ["text.train"],
 }

@@ -63,6 +63,6 @@ with open_run(recipe) as run:
     assert all(0 <= numbers["ticket_overlap"] <= 1 and numbers["draw_seconds"] > 0 for numbers in seen)
     assert not torch.equal(rows_RD, base_RD)
 
-    settled, _ = tune(monitor(stop_when_settled=EarlyStopping(overlap=0.01, draws=2)), lambda: None)
+    settled, _ = tune(monitor(early_stopping=EarlyStopping(overlap=0.01, draws=2)), lambda: None)
     assert settled.steps < settled.planned_steps and settled.losses == plain.losses[: settled.steps]
 distributed.shutdown()

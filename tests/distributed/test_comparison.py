@@ -133,5 +133,7 @@ def test_a_comparison_takes_over_what_a_lottery_has_found(job):
     assert stages["partial_tuning_alpha_0.5"]["test_loss"] == lottery["partial_tuning"]["test_loss"]
     assert stages["embed_tuning"]["bleu"] == pytest.approx(lottery["embed_tuning"]["bleu"])
     # Another recipe in the same folder is not mixed with it.
-    refused = launch(2, "--module", "ksl_ds", "compare", *words, "training.clip=.5", "compare.methods=untuned", cwd=job)
+    refused = launch(
+        2, "--module", "ksl_ds", "compare", *words, "training.max_grad_norm=.5", "compare.methods=untuned", cwd=job
+    )
     assert refused.returncode == 0 and "loading" in refused.stdout

@@ -26,7 +26,7 @@ run_dir: run
 deepspeed: ds.json
 model: {path: model}
 text: {train: pairs.jsonl, valid: pairs.jsonl, test: pairs.jsonl, max_test_pairs: 6}
-training: {batch_size: 8, micro_batch_size: 2, precision: fp32, valid_every: 3}
+training: {batch_size: 8, micro_batch_size: 2, precision: fp32, eval_every: 3}
 embed_tuning: {learning_rate: 0.1, max_steps: 6}
 draw: {alpha: 0.5}
 partial_tuning: {learning_rate: 0.1, max_steps: 6, weight_decay: 0.1}

@@ -144,7 +144,7 @@ def test_what_resume_would_fail_on_is_named(job, capsys):
         shown = lines(capsys, *words, *more)
         assert failed(shown) == ["resume"] and any(said in line for line in shown), shown
 
-    fails("training.clip=1.0, and now it is 2.0", "training.clip=2")
+    fails("training.max_grad_norm=1.0, and now it is 2.0", "training.max_grad_norm=2")
     checkpoint = job / "run/checkpoints/embed_tuning_steps/step-00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"world_size": 2}')

@@ -100,7 +100,7 @@ def test_a_shipped_configuration_is_one_to_deepspeed(path, precision, monkeypatc
     recipe = load_recipe(Recipe, None, [*words, "training.batch_size=24", "training.micro_batch_size=4"])
     parsed = DeepSpeedConfig(deepspeed_config(recipe))
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (24, 6)
-    assert parsed.gradient_clipping == recipe.training.clip
+    assert parsed.gradient_clipping == recipe.training.max_grad_norm
     assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (precision == "bf16", precision == "fp16")
     # DeepSpeed passes over keys that it does not know.
     shipped = json.loads(path.read_text())["zero_optimization"]

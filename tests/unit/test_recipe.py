@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from ksl_ds import cli
 from ksl_ds.config import schema as recipe
-from ksl_ds.config.load import dotted_keys, load_recipe, save_recipe, shipped_file
-from ksl_ds.config.schema import DrawCommand, EstimateCommand, Recipe, TransferCommand
+from ksl_ds.config.load import differing_keys, dotted_keys, load_recipe, save_recipe, shipped_file
+from ksl_ds.config.schema import RENAMED, DrawCommand, EstimateCommand, Recipe, TransferCommand
 from ksl_ds.errors import UserError
 from ksl_ds.sharding.engine import read_config
 
@@ -96,18 +96,18 @@ def test_a_bare_off_is_the_word(tmp_path):
         (["draw.alpha=0"], ["draw.alpha", "0"]),
         (["draw.alpha=1.5"], ["draw.alpha", "1.5"]),
         (["embed_tuning.learning_rate=-1"], ["embed_tuning.learning_rate", "-1"]),
-        (["partial_tuning.warmup=1"], ["partial_tuning.warmup"]),
+        (["partial_tuning.warmup_ratio=1"], ["partial_tuning.warmup_ratio"]),
         (["partial_tuning.betas=[0.9]"], ["partial_tuning.betas"]),
         (["training.batch_size=0"], ["training.batch_size", "greater than 0"]),
-        (["training.clip=-1"], ["training.clip"]),
+        (["training.max_grad_norm=-1"], ["training.max_grad_norm"]),
         (["seed=-1"], ["seed", "-1"]),
-        (["draw.stop_when_settled={draws: 2}"], ["draw.stop_when_settled", "draw.every"]),
-        (["draw.stop_when_settled={drws: 2}"], ["unknown key draw.stop_when_settled.drws"]),
+        (["draw.early_stopping={draws: 2}"], ["draw.early_stopping", "draw.every"]),
+        (["draw.early_stopping={drws: 2}"], ["unknown key draw.early_stopping.drws"]),
         (["training=5"], ["training is 5", "section"]),
         (["training=[1]"], ["training is ['1']", "section"]),
         (["text.train=[[a]]"], ["text.train is ['a']"]),
         (["text.train=[a, null]"], ["text.train is empty"]),
-        (["draw.stop_when_settled={a: [}"], ["draw.stop_when_settled", "not valid YAML"]),
+        (["draw.early_stopping={a: [}"], ["draw.early_stopping", "not valid YAML"]),
         (["seed=null"], ["seed is null", "integer"]),
         (["seed=1e3"], ["seed is 1e3", "integer"]),
         (["verbose=perhaps"], ["verbose is perhaps", "boolean"]),
@@ -165,11 +165,11 @@ EXTREMES += [str(2**63), str(2**63 - 1), str(2**64), "9" * 5000, "0x10", "1:30",
 
 @pytest.mark.parametrize(("schema", "name"), keys_of(int) + keys_of(float))
 def test_a_number_is_within_the_range_of_its_key_or_a_mistake_that_names_it(schema, name):
-    text = dotted_keys(schema)[name][1] if "settled." not in name else "above 0"
+    text = dotted_keys(schema)[name][1] if "early_stopping." not in name else "above 0"
     limits = dict(re.findall(r"(above|at least|below|at most) ([\d.,]*\d)", text))
     assert limits, "no range in its help"
     integer = (schema, name) in keys_of(int)
-    needs = ["draw.every=1"] if "settled." in name else []
+    needs = ["draw.every=1"] if "early_stopping." in name else []
     for value in EXTREMES:
         word = f"{name}=[{value},0.5]" if name.endswith("betas") else f"{name}={value}"
         try:
@@ -195,7 +195,7 @@ def test_there_are_numbers_in_every_section():
         "seed",
         "text.seed",
         "compare.seeds",
-        "draw.stop_when_settled.overlap",
+        "draw.early_stopping.overlap",
         "prefix.num_virtual_tokens",
     } <= numbers
 
@@ -209,7 +209,7 @@ def test_there_are_numbers_in_every_section():
         (Recipe, "compare.seeds=[0,9223372036854775808]", "compare.seeds is 9223372036854775808"),
         (Recipe, "training.batch_size=1000000000000", "less than or equal to 1000000"),
         (Recipe, "prefix.num_virtual_tokens=0", "prefix.num_virtual_tokens is 0; it should be greater than 0"),
-        (Recipe, "draw.stop_when_settled={overlap: 1.5, draws: 3}", "draw.stop_when_settled.overlap is 1.5"),
+        (Recipe, "draw.early_stopping={overlap: 1.5, draws: 3}", "draw.early_stopping.overlap is 1.5"),
         (EstimateCommand, "rows=-1", "rows is -1; it should be greater than 0"),
         (EstimateCommand, "gpu_memory=inf", "gpu_memory is inf; it should be a finite number"),
         (DrawCommand, "alpha=1", "alpha is 1; it should be less than 1"),
@@ -372,3 +372,48 @@ def test_which_shipped_file_is_used_is_said(tmp_path, monkeypatch, capsys):
         f"quickstart.yaml is the file that comes with ksl_ds, {recipe.PACKAGE_DIR / 'recipes' / 'quickstart.yaml'}",
         f"zero3.json is the file that comes with ksl_ds, {recipe.PACKAGE_DIR / 'ds_configs' / 'zero3.json'}",
     ]
+
+
+# --- renamed keys ---
+
+OLD_VALUES = {"training.clip": "0.5", "training.valid_every": "7", "draw.stop_when_settled": "{overlap: 0.9, draws: 2}"}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_accepted_with_a_warning_that_names_the_new_one(old, tmp_path, caplog):
+    new = RENAMED[old]
+    section, _, short = old.partition(".")
+    value = OLD_VALUES.get(old, "0.25")
+    words = ["run_dir=r", "model.path=m", "draw.every=5"]
+    (tmp_path / "old.yaml").write_text(
+        f"run_dir: r\nmodel: {{path: m}}\ndraw: {{every: 5}}\n{section}: {{{short}: {value}}}\n"
+    )
+    if section == "draw":
+        (tmp_path / "old.yaml").write_text(f"run_dir: r\nmodel: {{path: m}}\ndraw: {{every: 5, {short}: {value}}}\n")
+    wanted = load_recipe(Recipe, None, [*words, f"{new}={value}"])
+    assert not caplog.records and wanted != load_recipe(Recipe, None, words)
+    for found in (
+        load_recipe(Recipe, None, [*words, f"{old}={value}"]),
+        load_recipe(Recipe, str(tmp_path / "old.yaml"), []),
+    ):
+        assert found == wanted
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [f"{old} is now called {new}"] * 2
+
+
+def test_a_key_within_a_renamed_section_and_both_names_at_once(tmp_path):
+    words = ["run_dir=r", "model.path=m", "draw.every=5", "draw.early_stopping={overlap: 0.9, draws: 2}"]
+    assert load_recipe(Recipe, None, [*words, "draw.stop_when_settled.draws=4"]).draw.early_stopping.draws == 4
+    (tmp_path / "both.yaml").write_text("run_dir: r\nmodel: {path: m}\ntraining: {clip: 1, max_grad_norm: 2}\n")
+    with pytest.raises(UserError, match=r"training.clip is the old name of training.max_grad_norm, and both are given"):
+        load_recipe(Recipe, str(tmp_path / "both.yaml"), [])
+
+
+def test_recorded_recipes_with_old_names_are_compared_by_the_new_ones():
+    wanted = load_recipe(Recipe, None, ["run_dir=r", "model.path=m"])
+    recorded = dataclasses.asdict(wanted)
+    for old, new in RENAMED.items():
+        section, _, short = old.partition(".")
+        recorded[section][short] = recorded[section].pop(new.partition(".")[2])
+    assert differing_keys(recorded, wanted) == {}
+    recorded["training"]["clip"] = 2.0
+    assert differing_keys(recorded, wanted) == {"training.max_grad_norm": (2.0, 1.0)}

@@ -28,7 +28,7 @@ def rates(tuning: EmbedTuning, num_steps: int) -> list[float]:
 
 
 def test_the_warm_up_is_counted_from_step_1():
-    tuning = EmbedTuning(learning_rate=8.0, schedule="linear", warmup=0.4)
+    tuning = EmbedTuning(learning_rate=8.0, schedule="linear", warmup_ratio=0.4)
     # Four warm-up steps; then (10 - s + 1) / 6 of the rate for step s, as transformers has it: the last is above 0.
     expected = [2, 4, 6, 8, 8, 8 * 5 / 6, 8 * 4 / 6, 8 * 3 / 6, 8 * 2 / 6, 8 / 6]
     assert rates(tuning, 10) == pytest.approx(expected)
@@ -41,7 +41,7 @@ def test_the_warm_up_is_counted_from_step_1():
 def test_only_warm_up_steps_differ_from_transformers(schedule, num_steps, warmup):
     from transformers import get_scheduler
 
-    tuning = EmbedTuning(learning_rate=0.5, schedule=schedule, warmup=warmup)
+    tuning = EmbedTuning(learning_rate=0.5, schedule=schedule, warmup_ratio=warmup)
     warmup_steps = math.ceil(warmup * num_steps)
     optimizer = adamw([torch.nn.Parameter(torch.ones(1))], tuning)
     name = "constant_with_warmup" if schedule == "constant" else schedule
