@@ -25,7 +25,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.training.run import open_run
 
 
-def run(recipe: Recipe) -> None:
+def main(recipe: Recipe) -> None:
     """Certifies against `reference`. Raises UserError for a mistake, and where no held-out sentence is left."""
     if recipe.reference is None:
         raise UserError("certify compares with the embed-tuned model: give reference=RUN_DIR/checkpoints/embed_tuning")

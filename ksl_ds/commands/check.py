@@ -28,7 +28,7 @@ from ksl_ds.preflight.checks import (
 )
 
 
-def run(recipe: Recipe) -> None:
+def main(recipe: Recipe) -> None:
     """Prints the list. Raises UserError when a check failed."""
     checks = Checklist()
     ranks_and_hosts(checks, recipe)

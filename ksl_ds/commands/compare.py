@@ -1,7 +1,7 @@
 """KS tickets beside their controls and beside other methods: the same text, seeds, schedule and evaluation for all.
 
 Every entry with every seed is a run of its own (entries.py), by the same functions as `lottery` and `tune`. What is there
-already is not run again, so a stopped comparison goes on where it was, and entries can be added later. An entry that
+already is not run again, so a stopped comparison resumes, and entries can be added later. An entry that
 fails costs one sentence; the others go on. The price of so much independence is that the model is loaded for each.
 
 Legend: V tokens, D coordinates of a row, K chosen rows.
@@ -9,17 +9,23 @@ Legend: V tokens, D coordinates of a row, K chosen rows.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ksl_ds import distributed
-from ksl_ds.comparison.entries import (
-    comparison_dir,
-)
+from ksl_ds.comparison.entries import comparison_dir
+from ksl_ds.comparison.results import show_file
 from ksl_ds.comparison.runner import compare
 from ksl_ds.config.schema import Recipe
 from ksl_ds.training.run import run_lock
 
 
-def run(recipe: Recipe) -> None:
+def main(recipe: Recipe) -> None:
     """Runs or continues the comparison of a recipe. Raises UserError for a mistake, and at the end when an entry failed."""
     home = distributed.run_on_rank0(lambda: comparison_dir(recipe))
     with run_lock(home):
         compare(recipe, home)
+
+
+def show(results: Path) -> None:
+    """Prints the comparison of an earlier run. Raises UserError for a file that holds none."""
+    show_file(results)

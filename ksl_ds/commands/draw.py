@@ -17,7 +17,7 @@ from ksl_ds.model.folder import check_same_model, open_model, token_strings
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 
 
-def run(command: DrawCommand) -> None:
+def main(command: DrawCommand) -> None:
     """Draws a ticket from `before` and `after` into `out`. Raises UserError where they are not two of one model."""
     with distributed.raise_on_all_ranks():
         if Path(command.out).exists():

@@ -14,7 +14,7 @@ from ksl_ds.estimate.tables import tables
 from ksl_ds.report.tables import print_table
 
 
-def run(command: EstimateCommand) -> None:
+def main(command: EstimateCommand) -> None:
     """Prints the tables. Raises UserError for an unknown model and for values that make no sense."""
     with distributed.raise_on_all_ranks():
         plan = plan_of(_recipe(command), command.response_length, command.rows)

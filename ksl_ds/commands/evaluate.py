@@ -12,7 +12,7 @@ from ksl_ds.training.stages import load_ticket
 from ksl_ds.training.summary import show_stages
 
 
-def run(recipe: Recipe) -> None:
+def main(recipe: Recipe) -> None:
     """Evaluates `model.path`, with the rows of `ticket` where one is given. Raises UserError for a mistake."""
     with open_run(recipe, trains=False) as run:
         score_copying(run)

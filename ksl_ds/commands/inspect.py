@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.model.published import published_ids, published_pieces
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 
 
-def run(words: list[str]) -> None:
-    """`ksl-ds inspect TICKET [OTHER] [--published DIRECTION] [--limit N]`."""
-    parser = argparse.ArgumentParser(prog="ksl-ds inspect", description=__doc__)
-    parser.add_argument("ticket", help="ticket folder")
-    parser.add_argument("other", nargs="?", help="second ticket folder, to compare with")
-    parser.add_argument("--limit", type=int, help="show at most so many tokens, those of largest D")
-    parser.add_argument(
-        "--published",
-        metavar="DIRECTION",
-        help="compare with a published LLaMA ticket: en-ca, en-es, en-pt, en-ro, ...",
-    )
-    arguments = parser.parse_args(words)
-    ticket = load(arguments.ticket)
-    show(ticket, arguments.ticket, arguments.limit)
-    if arguments.other is not None:
-        other = load(arguments.other)
-        show(other, arguments.other, arguments.limit)
-        print("\n".join(comparison(ticket, other)))
-    if arguments.published is not None:
-        print(against_published(ticket, arguments.published))
+def main(ticket: str, other: str | None, published: str | None, limit: int | None) -> None:
+    """Prints a ticket's table, and what it shares with another or with a published one.
+
+    Parameters
+    ----------
+    ticket, other : str
+        Ticket folders.
+    published : str or None
+        Translation direction of a published LLaMA ticket, such as "en-ca".
+    limit : int or None
+        Rows of a table at most, those of largest D.
+
+    Raises
+    ------
+    UserError
+        For a folder that holds no ticket, and for an unknown direction.
+    """
+    first = load(ticket)
+    show(first, ticket, limit)
+    if other is not None:
+        second = load(other)
+        show(second, other, limit)
+        print("\n".join(comparison(first, second)))
+    if published is not None:
+        print(against_published(first, published))
 
 
 def load(path: str) -> Ticket:

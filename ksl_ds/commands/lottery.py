@@ -14,7 +14,7 @@ from ksl_ds.training.stages import token_frequency, tune_embedding, tune_ticket
 from ksl_ds.training.summary import show_stages, summarise
 
 
-def run(recipe: Recipe) -> None:
+def main(recipe: Recipe) -> None:
     """Runs the lottery of a recipe. Raises UserError for a mistake in it, and when the draw selects no row."""
     with open_run(recipe) as run:
         score_copying(run)

@@ -14,6 +14,6 @@ from ksl_ds.config.schema import TransferCommand
 from ksl_ds.model.transfer import transfer
 
 
-def run(command: TransferCommand) -> None:
+def main(command: TransferCommand) -> None:
     """Writes `command.out` and says what differs from `command.base`."""
     distributed.say(distributed.run_on_rank0(lambda: transfer(command)))

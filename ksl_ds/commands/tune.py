@@ -11,7 +11,7 @@ from ksl_ds.training.stages import load_ticket, tune_adapter, tune_all, tune_emb
 from ksl_ds.training.summary import show_stages
 
 
-def run(recipe: Recipe) -> None:
+def main(recipe: Recipe) -> None:
     """Trains `method` from the base weights. Raises UserError for a mistake in the recipe."""
     if recipe.method == "ticket" and recipe.ticket is None:
         raise UserError("method=ticket trains the rows of a ticket: give ticket=DIR")

@@ -39,7 +39,7 @@ RUNS = {
     "few": ["reference=permuted", "ticket=top", "certify.alphas=[]", "text.max_test_pairs=5"],
 }
 for name, words in RUNS.items():
-    certify.run(load_recipe(Recipe, "recipe.yaml", [f"run_dir=run_{name}", *words]))
+    certify.main(load_recipe(Recipe, "recipe.yaml", [f"run_dir=run_{name}", *words]))
 assert elements_before_loading == [0] * len(RUNS), elements_before_loading
 
 # overrides: words that the sentence must contain
@@ -58,7 +58,7 @@ MISTAKES = {
 }
 for number, (overrides, words) in enumerate(MISTAKES.items()):
     try:
-        certify.run(load_recipe(Recipe, "recipe.yaml", [f"run_dir=mistaken{number}", *overrides]))
+        certify.main(load_recipe(Recipe, "recipe.yaml", [f"run_dir=mistaken{number}", *overrides]))
     except UserError as error:
         message = str(error)
     else:

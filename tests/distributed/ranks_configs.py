@@ -18,7 +18,7 @@ distributed.initialize()
 set_library_verbosity(False)
 for path in sorted((REPOSITORY / "ds_configs").glob("*.json")):
     words = [f"run_dir={path.stem}", f"deepspeed={path.name}", f"training.precision={precision}"]
-    tune.run(load_recipe(Recipe, "recipe.yaml", words))
+    tune.main(load_recipe(Recipe, "recipe.yaml", words))
     lines = [json.loads(line) for line in Path(path.stem, "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2 and all(map(math.isfinite, losses)), (path.name, losses)

@@ -39,7 +39,7 @@ def train(run_dir: str, *words: str, after_log=None) -> str:
 
     Tracker.log = logged
     try:
-        tune.run(load_recipe(Recipe, "recipe.yaml", [*WORDS, f"run_dir={run_dir}", *words]))
+        tune.main(load_recipe(Recipe, "recipe.yaml", [*WORDS, f"run_dir={run_dir}", *words]))
     except UserError as error:
         message = str(error)
         assert len(set(distributed.gather_objects(message))) == 1, message

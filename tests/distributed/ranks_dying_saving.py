@@ -42,7 +42,7 @@ def dying_publish(checkpoints, draft, step, *others):
 
 
 def train(run_dir: str) -> list[float]:
-    tune.run(load_recipe(Recipe, "recipe.yaml", [*WORDS, f"run_dir={run_dir}", "resume=auto"]))
+    tune.main(load_recipe(Recipe, "recipe.yaml", [*WORDS, f"run_dir={run_dir}", "resume=auto"]))
     entries = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
     return [entry["loss"] for entry in entries if "learning_rate" in entry]
 

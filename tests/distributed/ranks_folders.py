@@ -27,7 +27,7 @@ if distributed.is_rank0():
 distributed.barrier()
 COMMON = ["text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]"]
 full = ["method=full", "full_tuning.max_steps=2", "full_tuning.learning_rate=0.01", "model.path=mixtral"]
-tune.run(load_recipe(Recipe, "recipe.yaml", [*COMMON, *full, "run_dir=experts", "deepspeed=zero3.json"]))
+tune.main(load_recipe(Recipe, "recipe.yaml", [*COMMON, *full, "run_dir=experts", "deepspeed=zero3.json"]))
 if distributed.is_rank0():
     model, info = AutoModelForCausalLM.from_pretrained("experts/checkpoints/full_tuning", output_loading_info=True)
     assert not any(info.values()), info
@@ -43,7 +43,7 @@ for stage in ("zero2", "zero3"):
         head = run.model.get_output_embeddings().weight
         assert head is not run.model.get_input_embeddings().weight
         save_model(run, Path("saved", stage))
-    tune.run(load_recipe(Recipe, "recipe.yaml", [*words, f"run_dir={stage}"]))
+    tune.main(load_recipe(Recipe, "recipe.yaml", [*words, f"run_dir={stage}"]))
     entries = [json.loads(line) for line in Path(stage, "metrics.jsonl").read_text().splitlines()]
     losses[stage] = [entry["loss"] for entry in entries if "loss" in entry]
     written = load_file(Path("saved", stage, "model.safetensors"))

@@ -24,7 +24,7 @@ WEIGHTS, JSON, INPUTS = Path("model/model.safetensors"), Path("ds.json"), Path("
 def score() -> str:
     """What the user is told: the sentence of a mistake, or nothing."""
     try:
-        evaluate.run(load_recipe(Recipe, "recipe.yaml", WORDS))
+        evaluate.main(load_recipe(Recipe, "recipe.yaml", WORDS))
     except UserError as error:
         return str(error)
     return ""

@@ -29,7 +29,7 @@ SETTINGS = {
 for method, words in SETTINGS.items():
     # All pairs are the test text, in one batch a step, so that the losses of the steps can be compared.
     everything = ["text.max_test_pairs=null", "training.batch_size=12"]
-    tune.run(load_recipe(Recipe, "recipe.yaml", [f"method={method}", f"run_dir={method}", *words, *everything]))
+    tune.main(load_recipe(Recipe, "recipe.yaml", [f"method={method}", f"run_dir={method}", *words, *everything]))
 
 # A published ticket, on a model with LLaMA-1's vocabulary as far as these ids go.
 if distributed.is_rank0():
@@ -58,5 +58,5 @@ words = [
     "model.path=llama",
     "partial_tuning.max_steps=2",
 ]
-tune.run(load_recipe(Recipe, "recipe.yaml", words))
+tune.main(load_recipe(Recipe, "recipe.yaml", words))
 distributed.shutdown()

@@ -55,7 +55,7 @@ MISTAKES = {
 for overrides, words in MISTAKES.items():
     try:
         recipe = load_recipe(Recipe, "recipe.yaml", [*overrides, "run_dir=mistaken"])
-        import_module("ksl_ds.commands.tune").run(recipe)
+        import_module("ksl_ds.commands.tune").main(recipe)
     except UserError as error:
         message = str(error)
     else:

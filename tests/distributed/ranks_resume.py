@@ -35,7 +35,7 @@ def train(run_dir: str, *words: str, stopped: bool = False) -> None:
     Tracker.log = log_and_signal if stopped else log  # type: ignore[method-assign]
     words = (f"run_dir={run_dir}", *words)
     try:
-        tune.run(load_recipe(Recipe, "recipe.yaml", [*COMMON, *words]))
+        tune.main(load_recipe(Recipe, "recipe.yaml", [*COMMON, *words]))
         assert not stopped, words
     except Interrupted as interruption:
         assert stopped and f"step {ENDS_AFTER} of {STEPS}" in str(interruption), words
@@ -108,7 +108,7 @@ if distributed.is_rank0():
 distributed.barrier()
 for overrides, expected in MISTAKES.items():
     try:
-        tune.run(load_recipe(Recipe, "recipe.yaml", [*COMMON, *ROWS, *overrides]))
+        tune.main(load_recipe(Recipe, "recipe.yaml", [*COMMON, *ROWS, *overrides]))
     except UserError as error:
         message = str(error)
     else:

@@ -44,7 +44,7 @@ def job(tmp_path, monkeypatch):
 def lines(capsys, *words: str) -> list[str]:
     """What `check` prints in this process, a cluster of one."""
     try:
-        check.run(load_recipe(Recipe, "recipe.yaml", list(words)))
+        check.main(load_recipe(Recipe, "recipe.yaml", list(words)))
         outcome = "passed"
     except UserError as error:
         outcome = str(error)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from ksl_ds.cli import COMMANDS, SCHEMA, main
+from ksl_ds.cli import COMMANDS, main
 from ksl_ds.config import schema as recipes
 from ksl_ds.config.load import dotted_keys, load_recipe, shipped_file
 from ksl_ds.config.schema import Recipe
@@ -118,28 +118,30 @@ def test_every_configuration_is_described():
 # --- commands ---
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_help_prints_every_key_with_default_and_meaning(command, capsys):
-    if command not in SCHEMA:  # takes options, not a recipe's keys
-        with pytest.raises(SystemExit, match="^0$"):
-            main([command, "--help"])
-        shown = capsys.readouterr().out
-        assert all(f"  {word.strip('[]').lower()} " in shown for word in COMMANDS[command][1].split())
-        return
-    assert main([command, "--help"]) == 0
+    assert main([command.name, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert COMMANDS[command][1] in shown
+    assert f"usage: ksl-ds {command.name} {command.usage}" in shown
     squeezed = " ".join(shown.split())
-    for name, (_, text) in dotted_keys(getattr(recipes, SCHEMA[command])).items():
+    for option in command.options:
+        assert f"{option.metavar} {option.help}" in squeezed
+    for name, (_, text) in keys(command.name).items():
         assert f"\n  {name} (" in shown and " ".join(text.split()) in squeezed
+
+
+def keys(command: str) -> dict:
+    """The keys that a command takes, with default and meaning."""
+    schema = COMMANDS[command].schema
+    return dotted_keys(getattr(recipes, schema)) if schema else {}
 
 
 def test_every_command_is_in_the_overview_and_in_the_readme(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command, (what, _) in COMMANDS.items():
-        assert re.search(rf"^  {command} +{re.escape(what)}$", overview, re.MULTILINE)
-        assert f"`{command}`" in README and f"`{command}`" in TEXTS["launch/README.md"]
+    for command in COMMANDS.values():
+        assert re.search(rf"^ +{command.name} +{re.escape(command.help)}$", overview, re.MULTILINE)
+        assert f"`{command.name}`" in README and f"`{command.name}`" in TEXTS["launch/README.md"]
 
 
 def test_commands_of_the_readme_exist_and_take_their_keys(tmp_path):
@@ -149,7 +151,7 @@ def test_commands_of_the_readme_exist_and_take_their_keys(tmp_path):
         if command in ("COMMAND", "--help", "--version"):
             continue
         assert command in COMMANDS, f"ksl-ds {command}"
-        if command not in SCHEMA or "--help" in words or words[0] == "--from":  # a finished run's table
+        if not keys(command) or "--help" in words or words[0] == "--from":  # a finished run's table
             continue
         if command == "estimate":  # its first word is a model
             words[0] = f"model={words[0]}"
@@ -157,16 +159,16 @@ def test_commands_of_the_readme_exist_and_take_their_keys(tmp_path):
         if file is not None and not (REPOSITORY / file).exists():
             assert file == mine.name, f"the README runs {file}, which does not exist"
         file = file and str(mine if file == mine.name else REPOSITORY / file)
-        load_recipe(getattr(recipes, SCHEMA[command]), file, words)
+        load_recipe(getattr(recipes, COMMANDS[command].schema), file, words)
 
 
 def test_commands_within_sentences_exist():
     for words in re.findall(r"`ksl-ds ([^`]*)`", EVERYTHING):
         command, *rest = words.split()
         assert command in (*COMMANDS, "COMMAND", "--help", "--version"), f"ksl-ds {words}"
-        keys = [word.partition("=")[0] for word in rest if re.fullmatch(r"[a-z][\w.]*=.*", word)]
-        if command in SCHEMA:
-            assert set(keys) <= set(dotted_keys(getattr(recipes, SCHEMA[command])))
+        given = [word.partition("=")[0] for word in rest if re.fullmatch(r"[a-z][\w.]*=.*", word)]
+        if command in COMMANDS and keys(command):
+            assert set(given) <= set(keys(command))
 
 
 def test_scripts_and_folders_that_are_named_exist_and_run():

@@ -65,7 +65,7 @@ def test_transferred_model_equals_ticket_and_peft(tmp_path, capsys, architecture
     base = ModelFolder(path)
     tuned = tuned_copy(base, tmp_path / "tuned")
     ticket = drawn(base, tuned, tmp_path / "ticket", scope)
-    transfer.run(TransferCommand(base=str(path), ticket=str(tmp_path / "ticket"), out=str(tmp_path / "out")))
+    transfer.main(TransferCommand(base=str(path), ticket=str(tmp_path / "ticket"), out=str(tmp_path / "out")))
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))]
     assert f"4 of 134 embedding rows differ from {path}" in said
     assert ("a matrix of its own" in said, "moved along" in said) == (tied and scope == "input", scope == "shared")
@@ -110,10 +110,10 @@ def test_transfer_mistakes_are_one_sentence_and_write_nothing(ready, tmp_path):
     }
     for reason, change in mistakes.items():
         with pytest.raises(UserError, match=reason) as error:
-            transfer.run(TransferCommand(**(ready | change)))
+            transfer.main(TransferCommand(**(ready | change)))
         assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "exists", "other", "ticket", "tuned", "wide"]
-    transfer.run(TransferCommand(**(ready | {"base": str(tmp_path / "other"), "force": True})))
+    transfer.main(TransferCommand(**(ready | {"base": str(tmp_path / "other"), "force": True})))
     rows_KD = ModelFolder(ready["out"]).read_ids("model.embed_tokens.weight", IDS)
     assert torch.equal(rows_KD, Ticket.load(ready["ticket"]).rows_KD)
 
@@ -124,8 +124,8 @@ def test_transfer_to_a_vocabulary_that_was_resized_later_is_forced(ready, tmp_pa
     model.save_pretrained(tmp_path / "resized")
     words = ready | {"base": str(tmp_path / "resized")}
     with pytest.raises(UserError, match=r"not \(140, 32\) \(force accepts a vocabulary that was resized later\)"):
-        transfer.run(TransferCommand(**words))
-    transfer.run(TransferCommand(**words, force=True))
+        transfer.main(TransferCommand(**words))
+    transfer.main(TransferCommand(**words, force=True))
     ticket = Ticket.load(ready["ticket"])
     ticket.apply(model, force=True)
     written = AutoModelForCausalLM.from_pretrained(ready["out"]).state_dict()

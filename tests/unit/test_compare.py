@@ -14,7 +14,7 @@ from synthetic_comparison import REFERENCES, good, perfect, poor, rambling, writ
 from synthetic_run import STAGES
 
 from ksl_ds.cli import main
-from ksl_ds.commands.compare import run as run_compare
+from ksl_ds.commands.compare import main as run_compare
 from ksl_ds.comparison import runner
 from ksl_ds.comparison import tables as report
 from ksl_ds.comparison.entries import Entry, comparison_dir, differs, entries_of, finished, scored_by_lottery, seeds_of
@@ -399,13 +399,15 @@ def test_from_prints_what_the_run_printed(compared, capsys, tmp_path):
     home, results = compared
     assert main(["compare", "--from", str(home / "results.json")]) == 0
     first = capsys.readouterr().out
-    assert main(["compare", f"from={home / 'results.json'}"]) == 0
+    assert main(["compare", f"--from={home / 'results.json'}"]) == 0
     assert capsys.readouterr().out == first
     assert "significantly below it" in first and "2.600 ±0.141" in first
     (tmp_path / "results.json").write_text("{}")
     assert main(["compare", "--from", str(tmp_path / "results.json")]) == 2
     assert "holds no comparison" in capsys.readouterr().err
     assert main(["compare", "--from"]) == 2
+    assert capsys.readouterr().err == ("ksl-ds: argument --from: expected one argument; see ksl-ds compare --help\n")
+    assert main(["compare", "recipe.yaml", "--from", "results.json"]) == 2
     assert "takes the results.json of one comparison" in capsys.readouterr().err
 
 

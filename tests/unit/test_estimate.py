@@ -179,7 +179,7 @@ def test_a_recipe_says_what_the_command_line_does_not(tmp_path, capsys):
     recipe = (REPOSITORY / "launch" / "recipes" / "quickstart.yaml").read_text()
     recipe = recipe.replace("models/smollm2-135m-instruct", str(tmp_path / "model"))
     (tmp_path / "recipe.yaml").write_text(recipe)
-    estimate.run(load_recipe(EstimateCommand, None, [f"model={tmp_path / 'recipe.yaml'}", "gpus=2", "length=32"]))
+    estimate.main(load_recipe(EstimateCommand, None, [f"model={tmp_path / 'recipe.yaml'}", "gpus=2", "length=32"]))
     shown = " ".join(capsys.readouterr().out.split())
     assert "zero3.json, fp32" in shown and "8 pairs of 32 tokens" in shown
     parameters = sum(p.numel() for p in plan(str(tmp_path / "model")).meta_model().parameters())
@@ -191,4 +191,4 @@ def test_a_recipe_says_what_the_command_line_does_not(tmp_path, capsys):
 )
 def test_values_without_meaning_are_one_sentence(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
-        estimate.run(load_recipe(EstimateCommand, None, ["model=smollm2-135m", word]))
+        estimate.main(load_recipe(EstimateCommand, None, ["model=smollm2-135m", word]))

@@ -31,7 +31,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     base = ModelFolder(make_model_folder(home / "before"))
     weight_VD = next(base.blocks(base.embedding_name))
     write_model_with_rows(base, home / "after", IDS, shifted(weight_VD)[IDS], "input")
-    draw.run(DrawCommand(before=str(home / "before"), after=str(home / "after"), out=str(home / "ticket")))
+    draw.main(DrawCommand(before=str(home / "before"), after=str(home / "after"), out=str(home / "ticket")))
     return {name: str(home / name) for name in ("before", "after", "ticket")}
 
 
@@ -55,12 +55,12 @@ def fill_disks(tmp_path: Path, write, pages: list[int]) -> None:
 
 def test_draw(tmp_path, folders):
     command = {name: folders[name] for name in ("before", "after")}
-    fill_disks(tmp_path, lambda out: draw.run(DrawCommand(**command, out=str(out))), [1, 2, 3, 4])
+    fill_disks(tmp_path, lambda out: draw.main(DrawCommand(**command, out=str(out))), [1, 2, 3, 4])
 
 
 def test_transfer(tmp_path, folders):
     words = {"base": folders["before"], "ticket": folders["ticket"]}
-    fill_disks(tmp_path, lambda out: transfer.run(TransferCommand(**words, out=str(out))), [1, 8, 20, 24, 64])
+    fill_disks(tmp_path, lambda out: transfer.main(TransferCommand(**words, out=str(out))), [1, 8, 20, 24, 64])
 
 
 def test_the_ticket_of_a_run(tmp_path, folders):

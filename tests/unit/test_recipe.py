@@ -362,11 +362,11 @@ def test_only_a_bare_name_is_looked_up_among_the_shipped_files(tmp_path, monkeyp
 
 def test_which_shipped_file_is_used_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cli._say_what_is_shipped("quickstart.yaml", "recipes")
-    cli._say_what_is_shipped("zero3.json", "ds_configs")
+    cli._log_shipped_file("quickstart.yaml", "recipes")
+    cli._log_shipped_file("zero3.json", "ds_configs")
     (tmp_path / "zero2.json").write_text("{}")
     for name, folder in (("zero2.json", "ds_configs"), ("nowhere/zero3.json", "ds_configs"), (None, "ds_configs")):
-        cli._say_what_is_shipped(name, folder)
+        cli._log_shipped_file(name, folder)
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
         f"quickstart.yaml is the file that comes with ksl_ds, {recipe.PACKAGE_DIR / 'recipes' / 'quickstart.yaml'}",
