@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["KSResult", "Ticket", "critical_count", "draw_ticket", "ks_2samp", "train_only_rows"]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library prints nothing
 
 # Imported when first used, so that `ksl-ds --help` does not wait for torch.
 _HOMES = {

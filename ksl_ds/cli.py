@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ from typing import Any, NoReturn, TextIO
 
 from ksl_ds import __version__
 from ksl_ds.errors import Interrupted, LostRanks, MistakeOfThisRank, UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         command = options.pop("command")
         options.pop("print_completion", None)  # shtab
-        run_command, recipe = _prepare(COMMANDS[command], options)
-        run_command()
+        from ksl_ds import log
+
+        with log.messages_on_stderr():
+            run_command, recipe = _prepare(COMMANDS[command], options)
+            run_command()
     except MistakeOfThisRank as error:
         print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
         return 2
@@ -282,6 +288,8 @@ def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
         distributed.initialize(timeout)
         _JOB["id"] = distributed.broadcast_from_rank0(uuid.uuid4().hex)
         set_library_verbosity(recipe.verbose)
+        if recipe.verbose:
+            logging.getLogger("ksl_ds").setLevel(logging.DEBUG)
         _log_shipped_file(file or getattr(recipe, "model", None), "recipes")
         _log_shipped_file(getattr(recipe, "deepspeed", None), "ds_configs")
         importlib.import_module(f"ksl_ds.commands.{command}").main(recipe)
@@ -289,11 +297,10 @@ def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
 
 
 def _log_shipped_file(name: object, folder: str) -> None:
-    from ksl_ds import distributed
     from ksl_ds.config.load import shipped_file
 
     if isinstance(name, str) and (path := shipped_file(name, folder)) != Path(name):
-        distributed.say(f"{name} is the file that comes with ksl_ds, {path}")
+        logger.info(f"{name} is the file that comes with ksl_ds, {path}")
 
 
 class _UnbreakableFile(io.FileIO):

@@ -159,13 +159,6 @@ def peak_memory() -> int:
     raise AssertionError("Linux reports VmHWM for every process")
 
 
-def say(text: str) -> None:
-    """Prints on rank 0."""
-    if is_rank0():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-
 def progress(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> tqdm[Item]:
     """A progress bar with the time left, on rank 0 only; `done` of the total were done before."""
     return tqdm(

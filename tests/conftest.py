@@ -72,6 +72,15 @@ def succeeds(process: subprocess.CompletedProcess) -> subprocess.CompletedProces
     return process
 
 
+@pytest.fixture
+def messages() -> Iterator[None]:
+    """Messages and warnings go to stderr, as they do under the command line."""
+    from ksl_ds.log import messages_on_stderr
+
+    with messages_on_stderr():
+        yield
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """A file system of its own at `folder`, a new one; skips the test where none can be mounted."""

@@ -9,6 +9,7 @@ Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from ksl_ds.sharding.engine import TORCH_DTYPE
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.run import RunContext
 from ksl_ds.training.stages import load_ticket
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -143,7 +146,7 @@ def _given_ticket(run: RunContext, ticket: Ticket, shift: Shift) -> Candidate:
 
 def predict_reference(run: RunContext, reference: ModelFolder) -> Predictions:
     """The reference's predictions. It takes the place of the freed base in memory, and is freed too."""
-    distributed.say(f"loading the reference {reference.path}")
+    logger.info(f"loading the reference {reference.path}")
     run.model = load_model(replace(run.recipe, model=_reference_model(run.recipe)), reference, run.config)
     predictions = predict_test_text(run, "reference")
     free_weights(run.model)

@@ -12,6 +12,7 @@ Legend: V tokens, N predicted tokens, S sentences.
 from __future__ import annotations
 
 import json
+import logging
 import textwrap
 from dataclasses import asdict
 from typing import Any
@@ -37,18 +38,18 @@ from ksl_ds.certificate.report import (
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
-from ksl_ds.report.tables import print_table
+from ksl_ds.report.tables import print_table, print_text
 from ksl_ds.text.corpus import load_corpus
 from ksl_ds.training.run import RunContext
 from ksl_ds.training.summary import write_run_report
+
+logger = logging.getLogger(__name__)
 
 
 def trained_sources(recipe: Recipe) -> set[str] | None:
     """The source sentences of the training text; None where the recipe names none, so that nobody can tell."""
     if not recipe.text.train:
-        distributed.say(
-            "warning: the recipe has no text.train, so whether test sentences were trained on is not checked"
-        )
+        logger.warning("the recipe has no text.train, so whether test sentences were trained on is not checked")
         return None
     with distributed.raise_on_all_ranks():
         return {pair.source for pair in load_corpus(recipe.text, "train", recipe.text_seed).pairs}
@@ -69,9 +70,7 @@ def leave_out(run: RunContext, trained: set[str]) -> int:
         run.examples["test"] = [run.examples["test"][index] for index in kept]
         run.prompts = [run.prompts[index] for index in kept]
         run.results["text"]["test"] |= {"pairs": len(kept), "dropped": test.dropped}
-        distributed.say(
-            f"{overlap:,} test sentences left out, since their source is in text.train; {len(kept):,} remain"
-        )
+        logger.info(f"{overlap:,} test sentences left out, since their source is in text.train; {len(kept):,} remain")
     return overlap
 
 
@@ -163,7 +162,7 @@ def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, A
     )
     reading = certificate_reading(rows)
     print_table(content)
-    distributed.say("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
+    print_text("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
 
     def write() -> None:
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
@@ -174,5 +173,5 @@ def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, A
         write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
 
     distributed.run_on_rank0(write)
-    distributed.say(f"\ncounterexamples ({len(examples):,}): {run.dir / 'counterexamples.jsonl'}")
-    distributed.say(f"the report: {run.dir / 'report.html'}")
+    print_text(f"\ncounterexamples ({len(examples):,}): {run.dir / 'counterexamples.jsonl'}")
+    print_text(f"the report: {run.dir / 'report.html'}")

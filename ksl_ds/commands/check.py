@@ -26,6 +26,7 @@ from ksl_ds.preflight.checks import (
     smallest_device,
     text_check,
 )
+from ksl_ds.report.tables import print_text
 
 
 def main(recipe: Recipe) -> None:
@@ -54,4 +55,4 @@ def main(recipe: Recipe) -> None:
     checks.failed = distributed.broadcast_from_rank0(checks.failed)
     if checks.failed:
         raise UserError(f"{checks.failed} check{'s' if checks.failed > 1 else ''} failed; see the list")
-    distributed.say("all checks passed")
+    print_text("all checks passed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.model.published import published_ids, published_pieces
-from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
+from ksl_ds.report.tables import print_table, print_text, ticket_rows, ticket_table
 
 
 def main(ticket: str, other: str | None, published: str | None, limit: int | None) -> None:
@@ -30,9 +30,9 @@ def main(ticket: str, other: str | None, published: str | None, limit: int | Non
     if other is not None:
         second = load(other)
         show(second, other, limit)
-        print("\n".join(comparison(first, second)))
+        print_text("\n".join(comparison(first, second)))
     if published is not None:
-        print(against_published(first, published))
+        print_text(against_published(first, published))
 
 
 def load(path: str) -> Ticket:

@@ -5,6 +5,7 @@ Also prints a comparison again from its results.json, on its own and without Dee
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ksl_ds import distributed
 from ksl_ds.comparison import tables as report
 from ksl_ds.comparison.plots import loss_against_size, loss_curves, score_bars
 from ksl_ds.config.schema import Recipe
@@ -21,9 +21,11 @@ from ksl_ds.errors import UserError
 from ksl_ds.files import read_text, write_json
 from ksl_ds.report.html import Section, bullets, figure, table, what_was_run, write_report
 from ksl_ds.report.records import read_comparison, read_metrics
-from ksl_ds.report.tables import print_table
+from ksl_ds.report.tables import print_table, print_text
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.text.significance import paired_bootstrap
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 12
 Outcomes = Mapping[str, Mapping[int, dict[str, Any]]]  # as compare.py collects them, by key and seed
@@ -44,7 +46,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         }
         for key in order
     }
-    distributed.say("testing differences")
+    logger.info("testing differences")
     tests, signatures = _tests(home, runs, recipe.evaluation.tokenize)
     comparison = {
         "order": order,
@@ -71,7 +73,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         "results.json": "all numbers",
         "runs": "every run, with its translations",
     }.items():
-        distributed.say(f"{what + ':':36} {home / name}")
+        print_text(f"{what + ':':36} {home / name}")
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -79,7 +81,7 @@ def show(results: Mapping[str, Any]) -> None:
     print_table(report.score_table(results))
     print_table(report.difference_table(results))
     for sentence in report.readings(results):
-        distributed.say(f"- {sentence}")
+        print_text(f"- {sentence}")
 
 
 def show_file(path: Path) -> None:

@@ -10,6 +10,7 @@ Legend: V tokens, D coordinates of a row, K chosen rows.
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ from ksl_ds.training.stages import (
     untested_ticket,
 )
 
+logger = logging.getLogger(__name__)
+
 Outcome = dict[str, Any]  # as comparison.py describes it
 
 
@@ -74,11 +77,11 @@ def compare(recipe: Recipe, home: Path) -> None:
         (seed, entry) for seed in recipe.compare.seeds for entry in entries if seed in seeds_of(entry, recipe.compare)
     ]
     for number, (seed, entry) in enumerate(jobs, 1):
-        distributed.say(f"entry {number} of {len(jobs)}: {stage_name(entry.key)}, seed {seed}")
+        logger.info(f"entry {number} of {len(jobs)}: {stage_name(entry.key)}, seed {seed}")
         outcome = _outcome(comparison, entry, seed)
         comparison.outcomes.setdefault(entry.key, {})[seed] = outcome
         if "missing" in outcome:
-            distributed.say(f"{stage_name(entry.key)}, seed {seed}: {outcome['missing']}")
+            logger.warning(f"{stage_name(entry.key)}, seed {seed}: {outcome['missing']}")
         gc.collect()  # the model of a run must be gone before the next one is loaded
     distributed.run_on_rank0(lambda: finish(recipe, home, comparison.outcomes))
     failed = [
@@ -118,7 +121,7 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     folder = Path(wanted.run_dir)
     outcome = distributed.run_on_rank0(lambda: _found(entry, folder, wanted, Path(recipe.run_dir), home))
     if outcome is not None:
-        distributed.say(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
+        logger.info(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
         return outcome
     try:
         _run_entry(comparison, entry, seed, wanted)

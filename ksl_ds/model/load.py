@@ -10,6 +10,7 @@ Legend: D coordinates of an embedding row; tensors here are flat unless named ot
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
 from ksl_ds.sharding.partition import full_shape, is_partitioned, local_part, stored_weight
 
+logger = logging.getLogger(__name__)
+
 WORDS_AT_ONCE = 1 << 16
 
 
@@ -32,7 +35,7 @@ def open_folder(recipe: Model) -> ModelFolder:
         if distributed.is_local_rank0():
             local_folder(recipe.path, recipe.revision)
     if recipe.trust_remote_code:
-        distributed.say(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
+        logger.info(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
     with distributed.raise_on_all_ranks():
         return open_model(recipe.path, recipe.revision, trust_remote_code=recipe.trust_remote_code)
 

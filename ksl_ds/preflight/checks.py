@@ -28,7 +28,7 @@ from ksl_ds.estimate.plan import Plan, plan_of
 from ksl_ds.model.adapters import ALL_LINEAR
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.model.methods import prepare_method
-from ksl_ds.report.tables import size
+from ksl_ds.report.tables import print_text, size
 from ksl_ds.report.tracking import tracking_mode, why_offline
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
@@ -54,7 +54,7 @@ class Checklist:
     def add(self, status: str, what: str, detail: str) -> None:
         """Prints a line: status is ok, warning or failed."""
         self.failed += status == "failed"
-        distributed.say(f"{status:8} {what:10} {detail}")
+        print_text(f"{status:8} {what:10} {detail}")
 
     def on_all(self, what: str, check: Callable[[], tuple[str, Any]]) -> list[Any] | None:
         """Runs a check that does not communicate on every rank; its detail, and what it found by rank.

@@ -87,6 +87,13 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
     file.flush()
 
 
+def print_text(text: str) -> None:
+    """Prints a result on rank 0, to standard output. Messages go through `logging` instead."""
+    if distributed.is_rank0():
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 

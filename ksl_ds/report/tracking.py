@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import netrc
 import os
 import re
@@ -32,6 +33,8 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import clean, write_text
 from ksl_ds.report.records import read_metrics
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 PROBE_SECONDS = 5.0  # for the server to answer at all
@@ -122,7 +125,7 @@ class Tracker:
         except (OSError, UserError) as error:
             self._file = None
             reason = getattr(error, "strerror", None) or error
-            distributed.say(f"warning: {self._path} cannot be written ({reason}); it ends here, the run goes on")
+            logger.warning(f"{self._path} cannot be written ({reason}); it ends here, the run goes on")
 
     @contextmanager
     def _wandb_may_fail(self) -> Iterator[None]:
@@ -130,7 +133,7 @@ class Tracker:
             yield
         except Exception as error:  # whatever wandb raises, the training is worth more than its tracking
             self._wandb = None
-            distributed.say(f"warning: wandb stopped ({brief(error)}); the run goes on, metrics.jsonl has every number")
+            logger.warning(f"wandb stopped ({brief(error)}); the run goes on, metrics.jsonl has every number")
 
 
 def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
@@ -154,14 +157,14 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
                 reason = brief(error)
         run = run or within(START_SECONDS, lambda: _start_offline(run_dir, recipe, run_id, tried_online=bool(reason)))
     except Exception as error:  # no disk, a broken installation: the run is worth more than its tracking
-        distributed.say(f"warning: no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
+        logger.warning(f"no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
         return None
     if run.offline:
-        distributed.say(
+        logger.info(
             f"wandb: offline{reason and f' ({reason})'}; upload with `wandb sync {run_dir / 'wandb' / 'offline-run-*'}`"
         )
     else:
-        distributed.say(f"wandb: {run.url}")
+        logger.info(f"wandb: {run.url}")
     return run
 
 

@@ -13,6 +13,7 @@ kept.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from safetensors import SafetensorError
 from ksl_ds import distributed
 from ksl_ds.errors import UserError
 from ksl_ds.files import Count, Record, checked, file_sha256, read_json, sync, write_text
+
+logger = logging.getLogger(__name__)
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -106,7 +109,7 @@ class Checkpoints:
         for folder in distributed.broadcast_from_rank0(self._newest_first()):
             damage = self._damage(folder)
             if damage is not None:
-                distributed.say(f"warning: checkpoint {folder} is damaged ({damage}); the one before is taken")
+                logger.warning(f"checkpoint {folder} is damaged ({damage}); the one before is taken")
                 continue
             state = read_json(folder / STATE)
             check_ranks(folder, state["world_size"], training.any_world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from ksl_ds.text.translate import translate
 from ksl_ds.training.loop import TrainingStats
 from ksl_ds.training.loss import corpus_loss
 from ksl_ds.training.run import RunContext
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def evaluate_stage(
     run.tracker.log(stage, 0, **{name: value for name, value in shown.items() if isinstance(value, (int, float))})
     run.save_results()
     run.checkpoints(stage).remove()
-    distributed.say(
+    logger.info(
         f"{label}: test loss {loss:.3f}, BLEU {shown['bleu']:.1f}, chrF++ {shown['chrf']:.1f}, "
         f"first-line BLEU {shown['first_line_bleu']:.1f}, stop rate {shown['stop_rate']:.2f}"
     )

@@ -10,16 +10,18 @@ Only rank 0 reads files here; the digests of the weights are computed by all ran
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from ksl_ds import distributed
 from ksl_ds.config.load import differing_keys
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import file_sha256, write_json
 from ksl_ds.lottery.ticket_files import TICKET_JSON
 from ksl_ds.model.folder import SIDE_FOLDER, ModelFolder
+
+logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
 SIDE_SUFFIXES = (".json", ".model", ".jinja", ".py", ".tiktoken", "merges.txt", "vocab.txt")
@@ -92,8 +94,8 @@ def record_inputs(run_dir: Path, found: dict[str, Any], *, resumes: bool) -> Non
     if (run_dir / INPUTS).exists():
         return
     if resumes:
-        distributed.say(
-            f"warning: the run in {run_dir} recorded no {INPUTS} when it was started, so whether its model, ticket or "
+        logger.warning(
+            f"the run in {run_dir} recorded no {INPUTS} when it was started, so whether its model, ticket or "
             "DeepSpeed JSON has changed is not checked"
         )
     write_json(run_dir / INPUTS, found)

@@ -8,6 +8,7 @@ the losses of an uninterrupted run to the bit.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from ksl_ds.sharding.states import EngineState, MatrixState, optimizer_tensors
 from ksl_ds.text.batches import BatchOrder, collate_training, rank_micro_batches, response_tokens
 from ksl_ds.training.loss import can_keep_logits, corpus_loss, response_nll
 from ksl_ds.training.run import RunContext
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -218,7 +221,7 @@ def _resume(
             setattr(outcome, name, value)
         if monitor is not None:
             monitor.load_state_dict(saved["monitor"])
-        distributed.say(f"{stage.replace('_', ' ')} goes on after step {outcome.steps} of {outcome.planned_steps}")
+        logger.info(f"{stage.replace('_', ' ')} goes on after step {outcome.steps} of {outcome.planned_steps}")
         run.results.setdefault("resumed", []).append(
             {
                 "stage": stage,

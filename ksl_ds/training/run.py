@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from ksl_ds.text.corpus import Corpus, load_corpus
 from ksl_ds.text.prompt import Example, Prompt
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of, record_inputs
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -125,8 +128,8 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
                 )
         check_positions(examples, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
     for corpus in corpora.values():
-        distributed.say(corpus.summary())
-    distributed.say(f"loading {folder.path} on {distributed.world_size()} ranks")
+        logger.info(corpus.summary())
+    logger.info(f"loading {folder.path} on {distributed.world_size()} ranks")
     model = load_model(recipe, folder, config)
     inputs["weights"] = weight_digests(model)
     prompts = [example.prompt_ids for example in examples["test"]]
@@ -198,9 +201,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             except OSError as error:
                 if lock is None or error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                     raise UserError(f"run_dir {folder} cannot be written: {error.strerror}") from None
-                distributed.say(
-                    f"warning: {folder} cannot be locked ({error.strerror}); see that no other run writes there"
-                )
+                logger.warning(f"{folder} cannot be locked ({error.strerror}); see that no other run writes there")
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import evaluate_stage
 from ksl_ds.training.loop import train
 from ksl_ds.training.run import RunContext
+
+logger = logging.getLogger(__name__)
 
 SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
 DRAW_FILE = "draw.safetensors"
@@ -77,7 +80,7 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
         monitor=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
     )
     if outcome.settled:
-        distributed.say(
+        logger.info(
             f"embed tuning ended after {outcome.steps} of {outcome.planned_steps} steps: the ticket had settled"
         )
     evaluate_stage(
@@ -164,7 +167,7 @@ def tune_adapter(run: RunContext) -> None:
     if recipe.method == "lora":
         adapted = run.results["target_modules"] = target_modules(run.model)
         if run.adapter.target_modules == ALL_LINEAR:
-            distributed.say(
+            logger.info(
                 f"lora: PEFT has no default modules for this architecture; all linear layers: {', '.join(adapted)}"
             )
     distributed.reset_peak_memory()

@@ -17,7 +17,7 @@ from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
 from ksl_ds.report.records import read_metrics
-from ksl_ds.report.tables import print_table, stage_name, stage_table, ticket_rows, ticket_table
+from ksl_ds.report.tables import print_table, print_text, stage_name, stage_table, ticket_rows, ticket_table
 from ksl_ds.training.run import RunContext
 
 TOKENS_SHOWN = 40
@@ -81,7 +81,7 @@ def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor)
         "checkpoints": "embed-tuned model, partial transfer",
         "translations": "all hypotheses",
     }.items():
-        distributed.say(f"{what + ':':36} {run.dir / name}")
+        print_text(f"{what + ':':36} {run.dir / name}")
 
 
 def write_run_report(

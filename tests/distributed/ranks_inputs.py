@@ -12,6 +12,7 @@ from ksl_ds.commands import evaluate
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
+from ksl_ds.log import messages_on_stderr
 from ksl_ds.lottery.ticket import Shift, make_ticket
 from ksl_ds.sharding.engine import set_library_verbosity
 
@@ -24,7 +25,8 @@ WEIGHTS, JSON, INPUTS = Path("model/model.safetensors"), Path("ds.json"), Path("
 def score() -> str:
     """What the user is told: the sentence of a mistake, or nothing."""
     try:
-        evaluate.main(load_recipe(Recipe, "recipe.yaml", WORDS))
+        with messages_on_stderr():
+            evaluate.main(load_recipe(Recipe, "recipe.yaml", WORDS))
     except UserError as error:
         return str(error)
     return ""

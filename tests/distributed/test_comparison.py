@@ -81,9 +81,9 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_one_failure_stops_nothing
     done = launch(2, "--module", "ksl_ds", "compare", "recipe.yaml", "lora.learning_rate=1e39", cwd=job)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert done.stderr.count("ksl-ds: 1 of 9 entries failed: lora (seed 0); the same command tries these again") == 1
-    assert "embed tuning, seed 0: found in run/runs/embed_tuning-seed0" in done.stdout
+    assert "embed tuning, seed 0: found in run/runs/embed_tuning-seed0" in done.stderr
     assert {path: path.read_bytes() for path in embed.rglob("*.json*")} == before
-    assert "entry 9 of 9: lora, seed 0" in done.stdout
+    assert "entry 9 of 9: lora, seed 0" in done.stderr
 
     results = json.loads((job / "run/results.json").read_text())
     assert results["comparison"]["order"] == [
@@ -127,7 +127,7 @@ def test_a_comparison_takes_over_what_a_lottery_has_found(job):
     words = ["recipe.yaml", "compare.methods=[untuned,embed,transfer,ticket]", "compare.alphas=.5"]
     succeeds(launch(2, "--module", "ksl_ds", "lottery", words[0], cwd=job))
     done = succeeds(launch(2, "--module", "ksl_ds", "compare", *words, cwd=job))
-    assert done.stdout.count("found in run") == 4 and "loading" not in done.stdout
+    assert done.stderr.count("found in run") == 4 and "loading" not in done.stderr
     stages = json.loads((job / "run/compare/results.json").read_text())["stages"]
     lottery = json.loads((job / "run/results.json").read_text())["stages"]
     assert stages["partial_tuning_alpha_0.5"]["test_loss"] == lottery["partial_tuning"]["test_loss"]
@@ -136,4 +136,4 @@ def test_a_comparison_takes_over_what_a_lottery_has_found(job):
     refused = launch(
         2, "--module", "ksl_ds", "compare", *words, "training.max_grad_norm=.5", "compare.methods=untuned", cwd=job
     )
-    assert refused.returncode == 0 and "loading" in refused.stdout
+    assert refused.returncode == 0 and "loading" in refused.stderr

@@ -26,7 +26,7 @@ def test_every_method_goes_on_to_the_bit(job):  # noqa: F811
 
 def test_what_has_changed_since_the_start_is_named(job):  # noqa: F811
     done = succeeds(launch(2, HERE / "ranks_inputs.py", cwd=job, timeout=500))
-    assert done.stdout.count("warning: the run in run recorded no inputs.json") == 1
+    assert done.stderr.count("warning: the run in run recorded no inputs.json") == 1
 
 
 def test_damaged_checkpoints_and_a_full_disk(job, tmp_path):  # noqa: F811

@@ -45,7 +45,7 @@ def loads(checkpoints: Checkpoints) -> int:
     return checkpoints.load(NoTraining())["step"]
 
 
-def test_a_changed_state_is_passed_over(checkpoints, capsys):
+def test_a_changed_state_is_passed_over(checkpoints, capsys, messages):
     newest = checkpoints.folder / "step-00000004"
     assert loads(checkpoints) == 4
     whole = json.loads((newest / STATE).read_text())
@@ -57,7 +57,7 @@ def test_a_changed_state_is_passed_over(checkpoints, capsys):
     for content in [*FILES_OF_OTHER_KINDS, *edited]:
         write_state(newest, content)
         assert loads(checkpoints) == 2, content
-        assert f"warning: checkpoint {newest} is damaged ({STATE}" in capsys.readouterr().out.replace(f"{newest}/", "")
+        assert f"warning: checkpoint {newest} is damaged ({STATE}" in capsys.readouterr().err.replace(f"{newest}/", "")
     write_state(newest, json.dumps(whole).encode())
     assert loads(checkpoints) == 4
 

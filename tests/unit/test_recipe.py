@@ -360,14 +360,14 @@ def test_only_a_bare_name_is_looked_up_among_the_shipped_files(tmp_path, monkeyp
     assert read_config("zero2.json")["zero_optimization"]["stage"] == 1
 
 
-def test_which_shipped_file_is_used_is_said(tmp_path, monkeypatch, capsys):
+def test_which_shipped_file_is_used_is_said(tmp_path, monkeypatch, capsys, messages):
     monkeypatch.chdir(tmp_path)
     cli._log_shipped_file("quickstart.yaml", "recipes")
     cli._log_shipped_file("zero3.json", "ds_configs")
     (tmp_path / "zero2.json").write_text("{}")
     for name, folder in (("zero2.json", "ds_configs"), ("nowhere/zero3.json", "ds_configs"), (None, "ds_configs")):
         cli._log_shipped_file(name, folder)
-    shown = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().err.splitlines()
     assert shown == [
         f"quickstart.yaml is the file that comes with ksl_ds, {recipe.PACKAGE_DIR / 'recipes' / 'quickstart.yaml'}",
         f"zero3.json is the file that comes with ksl_ds, {recipe.PACKAGE_DIR / 'ds_configs' / 'zero3.json'}",

@@ -161,7 +161,7 @@ def small_comparison(tmp_path: Path) -> Path:
 
 def test_results_of_a_comparison(small_comparison, monkeypatch):
     monkeypatch.setattr("ksl_ds.comparison.results.print_table", lambda table: None)
-    monkeypatch.setattr("ksl_ds.distributed.say", lambda text: None)
+    monkeypatch.setattr("ksl_ds.comparison.results.print_text", lambda text: None)
 
     def use() -> None:
         show_file(small_comparison)

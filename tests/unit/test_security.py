@@ -25,7 +25,7 @@ class MineModel(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_model_runs_only_when_asked_for_and_that_is_said(tmp_path, monkeypatch, capsys):
+def test_code_of_a_model_runs_only_when_asked_for_and_that_is_said(tmp_path, monkeypatch, capsys, messages):
     import transformers.dynamic_module_utils as dynamic
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -40,10 +40,10 @@ def test_code_of_a_model_runs_only_when_asked_for_and_that_is_said(tmp_path, mon
     for name in (folder, folder / "config.json"):
         with pytest.raises(UserError, match="trust_remote_code"):
             model_config(str(name))
-    assert not marker.exists() and "trust_remote_code" not in capsys.readouterr().out
+    assert not marker.exists() and "trust_remote_code" not in capsys.readouterr().err
     trusted = open_folder(Model(path=str(folder), trust_remote_code=True)).config
     assert marker.exists() and trusted.model_type == "mine"
-    assert f"Python code that {folder} ships will run" in capsys.readouterr().out
+    assert f"Python code that {folder} ships will run" in capsys.readouterr().err
 
 
 def calls(tree: ast.AST) -> list[tuple[str, list[str]]]:

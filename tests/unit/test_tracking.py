@@ -30,6 +30,8 @@ from ksl_ds.files import write_json
 from ksl_ds.report import tracking
 from ksl_ds.report.tracking import Tracker, write_text
 
+pytestmark = pytest.mark.usefixtures("messages")
+
 KEY = "5ecret" + "0123456789" * 4
 
 
@@ -118,11 +120,12 @@ OFFLINE_RUN = """
 from pathlib import Path
 from matplotlib.figure import Figure
 from ksl_ds.config.schema import Recipe
+from ksl_ds.log import messages_on_stderr
 from ksl_ds.report.tracking import Tracker
 
 recipe = Recipe(run_dir="run")
 recipe.model.path = "a/model"
-with Tracker(Path("run"), recipe) as tracker:
+with messages_on_stderr(), Tracker(Path("run"), recipe) as tracker:
     tracker.log("embed_tuning", 1, loss=2.5, learning_rate=None)
     tracker.log("partial_tuning", 1, loss=1.5)
     figure = Figure()
@@ -149,10 +152,10 @@ def test_offline_tracking_lies_in_the_run_folder_alone_and_holds_no_secret(tmp_p
         [sys.executable, "-c", OFFLINE_RUN], cwd=tmp_path / "work", env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(
+    assert process.stderr.startswith(
         "wandb: offline (127.0.0.1 does not answer); upload with `wandb sync run/wandb/offline-run-*`"
     )
-    assert process.stdout.count("\n") == 1 and process.stderr == ""
+    assert process.stderr.count("\n") == 1 and process.stdout == ""
 
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [".git", "run"]
     assert sorted(path.name for path in (tmp_path / "work/run").iterdir()) == ["metrics.jsonl", "wandb"]
@@ -215,19 +218,19 @@ def test_no_wandb_when_asked_for_none(run_dir, monkeypatch, capsys, mode, variab
     with Tracker(run_dir, recipe(run_dir, mode)) as tracker:
         tracker.log("embed_tuning", 1, loss=1.0)
     assert not (run_dir / "wandb").exists()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_wandb_mode_offline_asks_nobody(run_dir, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(tracking, "_why_offline", lambda probe: pytest.fail("offline was asked for"))
     Tracker(run_dir, recipe(run_dir, "online")).finish()
-    assert capsys.readouterr().out.startswith("wandb: offline; upload with")
+    assert capsys.readouterr().err.startswith("wandb: offline; upload with")
 
 
 def test_auto_without_a_key_is_offline(run_dir, capsys):
     Tracker(run_dir, recipe(run_dir, "auto")).finish()
-    assert capsys.readouterr().out.startswith("wandb: offline (no API key;")
+    assert capsys.readouterr().err.startswith("wandb: offline (no API key;")
 
 
 def test_auto_gives_up_on_a_server_that_accepts_and_then_says_nothing(run_dir, monkeypatch, capsys):
@@ -237,7 +240,7 @@ def test_auto_gives_up_on_a_server_that_accepts_and_then_says_nothing(run_dir, m
         silent.listen()
         os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
         Tracker(run_dir, recipe(run_dir, "auto")).finish()
-    assert capsys.readouterr().out.startswith("wandb: offline (127.0.0.1 does not answer)")
+    assert capsys.readouterr().err.startswith("wandb: offline (127.0.0.1 does not answer)")
 
 
 def test_a_rejected_key_goes_offline_and_is_not_repeated(run_dir, server, capsys):
@@ -245,9 +248,9 @@ def test_a_rejected_key_goes_offline_and_is_not_repeated(run_dir, server, capsys
     with Tracker(run_dir, recipe(run_dir, "online")) as tracker:
         tracker.log("embed_tuning", 1, loss=1.0)
     captured = capsys.readouterr()
-    assert captured.out.startswith("wandb: offline (") and "does not answer" not in captured.out
-    assert captured.out.count("\n") == 1 and captured.err == ""  # wandb itself says nothing
-    assert KEY not in captured.out
+    assert captured.err.startswith("wandb: offline (") and "does not answer" not in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""  # wandb itself says nothing
+    assert KEY not in captured.err
     assert len(lines(run_dir)) == 1
     assert list((run_dir / "wandb").glob("offline-run-*"))
 
@@ -267,7 +270,7 @@ def survives(run_dir: Path, capsys, mode: str = "offline") -> str:
             tracker.log("embed_tuning", step, loss=1.0)
         tracker.figure("curve", Figure())
     assert [line["step"] for line in lines(run_dir)] == [0, 1, 2]
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1
     return warnings[0]
 
@@ -326,8 +329,8 @@ def test_a_run_goes_on_when_the_disk_is_full(run_dir, capsys):
     with Tracker(run_dir, recipe(run_dir, "off")) as tracker:
         tracker.log("embed_tuning", 1, loss=1.0)
         tracker.log("embed_tuning", 2, loss=1.0)
-    out = capsys.readouterr().out
-    assert out.count("warning:") == 1 and "No space left on device" in out
+    err = capsys.readouterr().err
+    assert err.count("warning:") == 1 and "No space left on device" in err
 
 
 def test_json_files_are_sorted_readable_and_free_of_nan(tmp_path):

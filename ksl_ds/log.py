@@ -1,0 +1,44 @@
+"""Messages of the command line: the records of `logging.getLogger("ksl_ds")`, on stderr, from rank 0.
+
+Without this handler, as in a program that uses ksl_ds as a library, nothing is printed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LOGGER = logging.getLogger("ksl_ds")
+
+
+class _Rank0Handler(logging.Handler):
+    """Writes above progress bars; whatever is no plain message begins with its level, such as `warning: `."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(level + self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Installs the handler for the block, at level INFO."""
+    handler = _Rank0Handler()
+    level = LOGGER.level
+    propagate = LOGGER.propagate
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # a library's handler of the root logger would print everything twice
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagate
