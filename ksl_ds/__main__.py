@@ -1,4 +1,4 @@
-"""`python -m ksl_ds` and `deepspeed --module ksl_ds`: the same front door."""
+"""`python -m ksl_ds` and `deepspeed --module ksl_ds`: the same entry point."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""The ranks of a job: who we are, talking once, failing together.
+"""The ranks of a job: rank and world size, collectives, errors raised on all ranks.
 
-Works without a launcher (one process is a cluster of one) and without torch.distributed being initialised, so that the
-other rooms can call it anywhere. All collectives of ksl_ds that carry Python objects are here.
+Works without a launcher (one process is a job of one rank) and without torch.distributed being initialized, so that
+other packages can call it anywhere. All collectives of ksl_ds that carry Python objects are here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _check_launch() -> None:
         raise MistakeOfThisRank(f"the environment has {there}, which do not fit together; {LAUNCH_ADVICE}")
 
 
-# What gloo, NCCL and the rendezvous say when a rank, its host or the network is gone.
+# Error messages of gloo, NCCL and the rendezvous that indicate a lost peer.
 LOST = re.compile(
     r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|remote peer|nccl|network is unreachable|no route",
     re.I,
@@ -91,10 +91,10 @@ LOST = re.compile(
 
 @contextmanager
 def name_lost_ranks(timeout: timedelta) -> Iterator[None]:
-    """Makes one sentence of the many errors that collectives raise when ranks are lost. Raises LostRanks."""
+    """Turns the errors that collectives raise when ranks are lost into LostRanks, with one sentence."""
     try:
         yield
-    except RuntimeError as error:  # torch.distributed's own kinds are RuntimeErrors
+    except RuntimeError as error:  # torch.distributed's exceptions derive from it
         reason = " ".join(str(error).split())
         if not LOST.search(reason):
             raise
@@ -106,7 +106,7 @@ def name_lost_ranks(timeout: timedelta) -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leaves the job in order, after the other ranks have come as far."""
+    """Waits for the other ranks, then destroys the process group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -175,9 +175,9 @@ def progress(items: Iterable[Item], label: str, total: int | None = None, done: 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The SIGTERM and SIGUSR1 that reach this process in the block, which end nothing there.
+    """Collects the SIGTERM and SIGUSR1 that arrive in the block instead of ending the process.
 
-    One of them comes late, when the block has ended without an exception: it then does what it always does.
+    When the block ends without an exception, the first one is raised again and has its usual effect.
     """
     received: list[int] = []
     before = {
@@ -227,7 +227,7 @@ def raise_if_any_rank(message: str | None) -> None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Makes a UserError of any rank the UserError of all, so that none waits for one that has left; an OSError too.
+    """Raises a UserError or OSError of any rank as a UserError on all ranks, so that none waits for one that has left.
 
     The block must not communicate: a rank that fails in it would leave the others waiting inside.
     """
@@ -242,7 +242,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def run_on_rank0(make: Callable[[], Item]) -> Item:
-    """What rank 0 makes, on every rank; its UserError is everybody's. `make` must not communicate."""
+    """The result of `make` on rank 0, on every rank; its UserError is raised on all. `make` must not communicate."""
     value: Any = None
     with raise_on_all_ranks():
         if is_rank0():

@@ -6,12 +6,12 @@ class UserError(ValueError):
 
 
 class MistakeOfThisRank(UserError):
-    """A mistake that the other ranks need not know, such as in this process's environment. Each rank says it for itself."""
+    """A mistake that concerns this rank only, such as one in its environment. Each rank prints its own."""
 
 
 class Interrupted(Exception):
-    """The run was asked to end, has saved what it needs to go on, and ends. The message says how to go on."""
+    """The run was stopped by a signal and has saved a checkpoint. The message says how to resume."""
 
 
 class LostRanks(RuntimeError):
-    """Other ranks of the job do not answer. Each rank that notices says so for itself: there is no talking any more."""
+    """Peer ranks are unreachable; no further collectives are possible, so each rank prints its own message."""

@@ -1,4 +1,4 @@
-"""An exception that nobody foresaw: one line on stderr, and the traceback in a file."""
+"""An unexpected exception: one line on stderr, and the traceback in a file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SECONDS_FOR_RANK_0 = 10.0
 
 
 def report(error: BaseException, command: str, run_dir: Path | None, job: str | None, verbose: bool) -> None:
-    """Writes the traceback of this rank to a file and says in one line what failed, where, and which file that is.
+    """Writes the traceback of this rank to a file and prints one line: what failed, where, and which file.
 
-    When rank 0 of the same `job` fails at the same place, it speaks for all. The other ranks look for its file: there may
-    be no talking any more.
+    When rank 0 of the same `job` fails at the same place, only rank 0 prints. The other ranks look for its file, as
+    collectives may no longer be possible.
     """
     rank = os.environ.get("RANK", "0")
     host = socket.gethostname()
@@ -36,7 +36,7 @@ def report(error: BaseException, command: str, run_dir: Path | None, job: str | 
         job
         and rank != "0"
         and file
-        and _rank_0_says(file.with_name(file.name.replace(f"rank-{rank}", "rank-0")), job, place)
+        and _rank0_reports(file.with_name(file.name.replace(f"rank-{rank}", "rank-0")), job, place)
     ):
         return
     reason = " ".join(str(error).split())[:300]
@@ -50,7 +50,7 @@ def report(error: BaseException, command: str, run_dir: Path | None, job: str | 
 
 
 def _stage(error: BaseException) -> str | None:
-    """What the innermost function that has a `stage` calls it: those that train and evaluate one do."""
+    """The local variable `stage` of the innermost function that has one: those that train or evaluate a stage."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = [
         frame.f_locals.get("stage") for frame in frames if frame.f_globals.get("__name__", "").startswith("ksl_ds.")
@@ -60,9 +60,9 @@ def _stage(error: BaseException) -> str | None:
 
 
 def _write(name: str, text: str, run_dir: Path | None) -> Path | None:
-    """In the run folder once it holds a run (nothing else may stand in a new one), else here, else where there is room."""
-    begun = run_dir is not None and (run_dir / "recipe.yaml").is_file()
-    folders = [run_dir] if run_dir and begun else []
+    """Writes to run_dir once it holds a run (a new one must stay empty), else to the working or temporary directory."""
+    started = run_dir is not None and (run_dir / "recipe.yaml").is_file()
+    folders = [run_dir] if run_dir and started else []
     for folder in (*folders, Path(), Path(tempfile.gettempdir())):
         file = folder / (name if folder == run_dir else f"ksl-ds-{name}")
         try:
@@ -73,7 +73,7 @@ def _write(name: str, text: str, run_dir: Path | None) -> Path | None:
     return None
 
 
-def _rank_0_says(file: Path, job: str, place: str) -> bool:
+def _rank0_reports(file: Path, job: str, place: str) -> bool:
     deadline = time.monotonic() + SECONDS_FOR_RANK_0
     while time.monotonic() < deadline:
         try:

@@ -1,1 +1,1 @@
-"""One file per command, short, read like the paper's method section."""
+"""One short file per command: fetch, call, show. The command line is parsed in cli.py."""

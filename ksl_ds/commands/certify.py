@@ -4,7 +4,7 @@ Reference: the embed-tuned model. Candidates, one forward pass over the held-out
 - partial transfer at every alpha of a grid: the base model with the reference's rows of T(alpha), drawn anew from the
   KS test of base and reference, in the precision in which they are compared;
 - the ticket that was given, with its own rows, at its own alpha only: tuned rows exist for no other.
-See lottery/certificate.py for the criterion and its gaps, candidates.py for how the models take turns.
+See certificate/criterion.py for the criterion and its gaps, candidates.py there for the order of loading.
 
 Legend: V tokens, N predicted tokens, S sentences.
 """
@@ -12,14 +12,9 @@ Legend: V tokens, N predicted tokens, S sentences.
 from __future__ import annotations
 
 from ksl_ds.certificate.candidates import open_reference, predict_candidates, predict_reference
-from ksl_ds.certificate.criterion import (
-    CONFIDENCE,
-    MIN_SENTENCES,
-)
+from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
 from ksl_ds.certificate.judge import judge, leave_out, show, trained_sources
-from ksl_ds.certificate.report import (
-    CLAIMS,
-)
+from ksl_ds.certificate.report import CLAIMS
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.training.run import open_run

@@ -1,7 +1,7 @@
-"""Is everything that a run needs in place on every host: a list to read before an expensive job.
+"""Checks on every host that everything that a run needs is in place: a list to read before an expensive job.
 
-Nothing is trained, no weight is loaded, and nothing is left behind. Every finding is gathered, so a line speaks for all ranks
-and names the hosts where something is missing. What cannot be seen from here is whether the hosts stay up.
+Nothing is trained, no weights are loaded, no files are left behind. Every finding is gathered, so a line covers all ranks
+and names the hosts where something is missing.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 
 
 def main(command: DrawCommand) -> None:
-    """Draws a ticket from `before` and `after` into `out`. Raises UserError where they are not two of one model."""
+    """Draws a ticket from `before` and `after` into `out`. Raises UserError where they are not of one model."""
     with distributed.raise_on_all_ranks():
         if Path(command.out).exists():
             raise UserError(f"out={command.out} exists already; choose another folder for the ticket")

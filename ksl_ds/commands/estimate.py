@@ -1,8 +1,8 @@
-"""What a run needs before it is paid for: memory of a rank by kind, bytes on the wire, seconds of a draw, fewest GPUs.
+"""What a run needs, before it is paid for: memory of a rank by kind, network traffic, seconds of a draw, fewest GPUs.
 
 The model is built on the meta device, so that parameters are counted and not computed, and one training step of each method
-is run there without data (ksl_ds/model/dry_run.py); the rest is arithmetic (ksl_ds/sharding/estimate.py). The one thing
-that is timed, on this machine, is the KS test of a few hundred rows.
+is run there without data (ksl_ds/model/dry_run.py); the rest is arithmetic (ksl_ds/estimate/memory.py). Only the
+KS test of a few hundred rows is timed, on this machine.
 """
 
 from __future__ import annotations

@@ -16,5 +16,5 @@ from ksl_ds.report.tables import print_text
 
 
 def main(command: TransferCommand) -> None:
-    """Writes `command.out` and says what differs from `command.base`."""
+    """Writes `command.out` and prints what differs from `command.base`."""
     print_text(distributed.run_on_rank0(lambda: transfer(command)))
