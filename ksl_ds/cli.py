@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ksl_ds import __version__
-from ksl_ds.errors import Interrupted, LostRanks, MistakeOfThisRank, UserError
+from ksl_ds.errors import Interrupted, LostRanks, MistakeOfThisRank, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_command, recipe = _prepare(COMMANDS[command], options)
             run_command()
     except MistakeOfThisRank as error:
-        print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
+        print(f"ksl-ds: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
     except UserError as error:
         return _print_error(str(error))
@@ -341,7 +341,7 @@ def _ignore_broken_pipe(stream: TextIO | None) -> TextIO:
 def _print_error(message: str) -> int:
     """Prints one line on rank 0, as every rank has the same error, and returns the exit code of a user's mistake."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"ksl-ds: {message}", file=sys.stderr, flush=True)
+        print(f"ksl-ds: {one_line(message)}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -1,5 +1,27 @@
 """The exceptions that end a run with one line, never with a traceback."""
 
+import re
+
+LONGEST_SENTENCE = 2000
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of bearable length: what stands in the middle of a long one is left out."""
+    text = " ".join(text.split())
+    if len(text) <= LONGEST_SENTENCE:
+        return text
+    half = LONGEST_SENTENCE // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, as part of a sentence: all its lines in one, without names of classes."""
+    text = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", " ".join(str(error).split()))
+    if isinstance(error, KeyError):
+        text = f"it has or names no {text}"
+    text = text or type(error).__name__
+    return (text if len(text) <= 300 else text[:300] + "...").rstrip(".:")
+
 
 class UserError(ValueError):
     """A mistake in a recipe, a file or a command line. The message says what is wrong, where, and what to do."""

@@ -37,6 +37,8 @@ def checked(content: Content, model: type[Record], where: str) -> Content:
         first = error.errors()[0]
         key = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
         why = first["msg"].removeprefix("Value error, ")
+        why = {"missing": "is missing", "model_type": "should be an object, {...}"}.get(first["type"], why)
+        why = why.replace("valid dictionary", "valid object, {...}")
         raise UserError(
             f"{where}: {key}{why[0].lower() + why[1:]}; the file was changed or is of another kind"
         ) from None

@@ -43,6 +43,8 @@ def load(path: str) -> Ticket:
 
 
 def show(ticket: Ticket, path: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; it must be at least 1")
     rows = ticket_rows(
         ticket.token_ids,
         ticket.tokens,

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import typing
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ksl_ds.config.schema import KEYS_THAT_MAY_CHANGE_ON_RESUME, MISSING, NULL, PACKAGE_DIR, RENAMED, Recipe
-from ksl_ds.errors import UserError
+from ksl_ds.errors import UserError, reason_of
 from ksl_ds.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -194,10 +193,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
-        for name, times in names.items():
-            if times > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {name} comes twice", problem_mark=node.start_mark)
+        names: set[str] = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                if name.value in names:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {name.value} comes twice", problem_mark=name.start_mark
+                    )
+                names.add(name.value)
         return node
 
 
@@ -205,11 +208,23 @@ def _parse_yaml(text: str | bytes, what: str) -> Any:
     try:
         return _Loader(text).get_single_data()
     except Exception as error:  # a tag's constructor raises whatever the value makes it raise
-        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+        shown = what if len(what) <= 100 else what[:100] + "..."
+        raise UserError(f"{shown} is not valid YAML: {_where_yaml_breaks(error)}") from None
+
+
+def _where_yaml_breaks(error: Exception) -> str:
+    """What PyYAML says, with the line and column instead of its drawing of the place."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"position {error.position}: {error.reason}"
+    return reason_of(error)
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
     path = shipped_file(file, "recipes")
+    if os.path.isdir(path):
+        raise UserError(f"recipe {file} is a folder; give the .yaml file")
     if not os.path.isfile(path):
         raise UserError(f"recipe {file}: no such file{shipped_hint(file, 'recipes')}")
     try:
@@ -268,7 +283,7 @@ def _explain(error: Any, schema: type) -> str:
     if error["type"] == "unexpected_keyword_argument":
         return _unknown_key(name, schema)
     value = error["input"]
-    shown = "empty" if value is None else value if isinstance(value, str) and value.isprintable() else repr(value)
+    shown = "empty" if value in (None, "") else value if isinstance(value, str) and value.isprintable() else repr(value)
     if error["type"] == "dataclass_type":
         reason = "it is a section with keys of its own (see ksl-ds COMMAND --help)"
     else:

@@ -37,6 +37,7 @@ def _one_line(text: str) -> str:
 
 # Numbers are finite, and so small that no library below us overflows.
 Count = Annotated[int, Field(gt=0, le=10**9)]
+Length = Annotated[int, Field(ge=2, le=10**9)]  # in tokens, of a pair: one of the prompt and one of the translation
 BatchSize = Annotated[int, Field(gt=0, le=10**6)]
 Rank = Annotated[int, Field(gt=0, le=2**16)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch takes no larger one
@@ -84,7 +85,7 @@ class Text:
     source_language: Line = key("English", "name of the source language, for the prompt")
     target_language: Line = key("French", "name of the target language, for the prompt")
     prompt: Prose = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
-    max_length: Count = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
+    max_length: Length = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
     max_words: Count | None = key(None, "longest source or target in words; longer pairs are dropped")
     max_train_pairs: Count | None = key(None, "at most so many training pairs, taken after a seeded shuffle")
     max_valid_pairs: Count | None = key(None, "at most so many validation pairs")
@@ -331,7 +332,7 @@ class EstimateCommand:
     gpu_memory: Amount | None = key(None, "GiB of one GPU; empty: only sizes are shown, not what fits")
     network: Amount | None = key(None, "Gbit/s that a rank receives; shows the seconds of a step's traffic")
     rows: Count | None = key(None, "rows of the ticket; empty: the recipe's draw.top_k")
-    length: Count | None = key(None, "tokens of every pair; empty: the recipe's text.max_length")
+    length: Length | None = key(None, "tokens of every pair; empty: the recipe's text.max_length")
     response_length: Count | None = key(None, "of these, tokens of the response; empty: half")
     micro_batch_size: BatchSize | None = key(None, "pairs that a rank runs at once; empty: the recipe's")
     precision: Literal["bf16", "fp16", "fp32"] | None = key(None, "of weights and gradients; empty: the recipe's")

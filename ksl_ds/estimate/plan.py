@@ -127,7 +127,7 @@ def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int
     if response_length is not None and not 0 < response_length < length:
         raise UserError(f"response_length is {response_length}; it lies between 0 and length ({length}), both excluded")
     return Plan(
-        model.path, config, recipe, Zero.of(read_config(recipe.deepspeed)), response_length or max(1, length // 2),
+        model.path, config, recipe, Zero.of(read_config(recipe.deepspeed)), response_length or length // 2,
         ticket_rows or recipe.draw.top_k,
     )  # fmt: skip
 

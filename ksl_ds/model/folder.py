@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksl_ds.errors import UserError
-from ksl_ds.files import atomic_folder, reason
+from ksl_ds.errors import UserError, reason_of
+from ksl_ds.files import atomic_folder, read_json, reason
 from ksl_ds.model.safetensors_io import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 SIDE_FOLDER = "additional_chat_templates"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -62,12 +63,7 @@ def config_problem(error: Exception) -> str:
     """What transformers has against a config, in a line; code that it did not run is named with the key that allows it."""
     if "custom code" in str(error):
         return "the model needs Python code that it ships; read that code, then set model.trust_remote_code=true in a recipe"
-    return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or the error's kind where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return reason_of(error)
 
 
 def check_folder(path: Path) -> None:
@@ -105,7 +101,7 @@ def check_config_json(file: Path) -> None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {first_line(error)}") from None
+        raise UserError(f"{file} is not valid JSON: {reason_of(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a model's configuration: it holds no JSON object")
     sections = [config, config.get("text_config")]
@@ -188,9 +184,11 @@ class ModelFolder(Shards):
             # That state keeps transformers from partitioning this model where a ZeRO-3 configuration is alive.
             with torch.device("meta"), set_zero3_state():
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        except UserError:
+            raise
         except Exception as error:  # impossible sizes and missing packages fail anywhere in a model's code
             raise UserError(
-                f"{self.path / 'config.json'}: no causal language model can be built from it: {first_line(error)}"
+                f"{self.path / 'config.json'}: no causal language model can be built from it: {reason_of(error)}"
             ) from None
 
     def check(self) -> None:
@@ -437,10 +435,14 @@ class ModelFolder(Shards):
         """The transformers tokenizer. Raises UserError where there is none or the embedding is too small for it."""
         from transformers import AutoTokenizer
 
+        for name in TOKENIZER_FILES:
+            file = self.path / name
+            if file.is_file() and not isinstance(read_json(file), dict):
+                raise UserError(f"{file} belongs to a tokenizer and must hold an object, {{...}}; fetch it again")
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # transformers, tokenizers and sentencepiece raise whatever they like here
-            raise UserError(f"{self.path}: the tokenizer does not load: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"{self.path}: the tokenizer does not load: {reason_of(error)}") from None
         rows = self.shape(self.embedding_name)[0]
         largest = largest_id(tokenizer)
         if largest >= rows:

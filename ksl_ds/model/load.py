@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import torch
@@ -116,8 +117,14 @@ def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
     the input embedding always has.
     """
     name = differing_weight(model, folder)
-    failure = f"{folder.path}: {name} differs from the checkpoint after loading; report this library mismatch"
-    distributed.raise_if_any_rank(failure if name else None)
+    failure = None
+    if name:
+        why = "differs from the checkpoint after loading; report this library mismatch"
+        stored = folder.stored_name(name)
+        if stored and folder.read_flat(stored, 0, math.prod(folder.shape(stored))).isnan().any():
+            why = "holds NaN in the files; give a model whose weights are all numbers"
+        failure = f"{folder.path}: {name} {why}"
+    distributed.raise_if_any_rank(failure)
 
 
 def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:

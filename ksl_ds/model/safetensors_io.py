@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ksl_ds.errors import UserError
+from ksl_ds.errors import UserError, reason_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -55,7 +55,8 @@ class Shards:
                 dict(index["metadata"])  # transformers reads it
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f"{self.path / INDEX} is not an index of shards, with metadata and weight_map: {error!r}"
+                    f"{self.path / INDEX} is not an index of shards, an object with metadata and weight_map "
+                    f"({reason_of(error)})"
                 ) from None
             strange = next((name for name, shard in shard_of.items() if not isinstance(shard, str)), None)
             if strange is not None:

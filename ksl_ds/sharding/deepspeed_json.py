@@ -159,6 +159,8 @@ def _parse(path: Path) -> dict[str, Any]:
         raise UserError(f"deepspeed: {path} is not valid JSON: byte {error.start} is not UTF-8") from None
     try:
         config = json.loads(content, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):

@@ -40,7 +40,7 @@ for messages, settings in asked["dialogues"]:
     except MemoryError:
         outcomes.append({"error": f"it takes more than {asked['memory'] // 1024**2} MiB of memory"})
     except BaseException as error:
-        outcomes.append({"error": f"it fails with {type(error).__name__}: {error}"})
+        outcomes.append({"error": f"it fails: {error}"})
 print(json.dumps(outcomes))
 """
 

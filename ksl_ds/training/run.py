@@ -167,7 +167,9 @@ def previous_results(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
     # Hidden names are the lock, and drafts of a run that was cut off as it began.
     if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
         return None
-    if recipe.resume == "never" or not run_dir.is_dir():
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir {run_dir} is a file, not a folder; choose another run_dir")
+    if recipe.resume == "never":
         raise UserError(
             f"run_dir {run_dir} already holds a run; choose another run_dir, move it away, or go on with it by resume=auto"
         )

@@ -187,7 +187,7 @@ def test_a_recipe_says_what_the_command_line_does_not(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "word", ["gpus=0", "gpu_memory=-1", "length=0", "response_length=2000", "rows=0", "rows=1000000"]
+    "word", ["gpus=0", "gpu_memory=-1", "length=0", "length=1", "response_length=2000", "rows=0", "rows=1000000"]
 )
 def test_values_without_meaning_are_one_sentence(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ksl_ds import cli, failure, files
-from ksl_ds.errors import UserError
+from ksl_ds.errors import UserError, one_line, reason_of
 
 DRAW = ["draw", "before=a", "after=b", "out=c"]
 
@@ -62,6 +62,25 @@ def test_where_nothing_can_be_written_the_traceback_is_printed(failing, monkeypa
     assert cli.main(DRAW) == 1
     said = capsys.readouterr().err
     assert "Traceback" in said and said.endswith("ZeroDivisionError (traceback above)\n")
+
+
+def test_a_sentence_is_one_line_of_bearable_length():
+    assert one_line("a\n  b") == "a b"
+    cut = one_line("x" * 5000 + "; do this")
+    assert len(cut) < 2100 and cut.endswith("; do this")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("nothing"), "it has or names no 'nothing'"),
+        (ValueError("wrong field:\n    TypeError: expected int"), "wrong field: expected int"),
+        (RuntimeError(), "RuntimeError"),
+        (ValueError("a" * 1000), "a" * 300),
+    ],
+)
+def test_what_a_library_says_becomes_part_of_a_sentence(error, said):
+    assert reason_of(error) == said
 
 
 def test_ctrl_c_is_one_line(failing, capsys):

@@ -219,7 +219,7 @@ def test_tokenizer_must_fit_the_embedding(tmp_path):
     padded = ModelFolder(make_model_folder(tmp_path / "padded", vocab_size=192))
     assert token_strings(padded.tokenizer(), [0, 3, 133, 134, 191]) == ["<pad>", "a", "'", "", ""]
     (padded.path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer does not load"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON"):
         padded.tokenizer()
 
 
@@ -379,6 +379,11 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, step):
         ({"vocab_size": 200}, "vocab_size is 200, but model.embed_tokens.weight has 134 rows"),
         ({"hidden_size": 64, "head_dim": 8}, r"should have shape \(134, 64\), but has \(134, 32\)"),
         ({"hidden_size": -4}, r"config\.json"),
+        (
+            {"hidden_size": "32"},
+            r"config\.json: Validation error for field 'hidden_size': Field 'hidden_size' expected int, got str",
+        ),
+        ({"hidden_act": "nothing"}, "it has or names no 'nothing'"),
         ({"num_key_value_heads": 0}, r"config\.json"),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, but the files hold \d+ tensors"),
         ({"num_hidden_layers": 1}, "9 tensors in the files have no place in a llama, such as model.layers.1"),
@@ -394,6 +399,7 @@ def test_configs_that_do_not_describe_the_files_are_refused(tmp_path, changes, s
     with pytest.raises(UserError, match=sentence) as refused:
         open_model(path)
     assert "\n" not in str(refused.value)
+    assert str(refused.value).count("config.json: ") <= 1
 
 
 def test_return_dict_of_a_config_does_not_matter(tmp_path):
@@ -421,13 +427,28 @@ def test_git_lfs_pointers_are_named(tmp_path, name):
         open_model(path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"), [("[1]", "belongs to a tokenizer and must hold an object"), ("", "is not valid JSON")]
+)
+def test_damaged_files_of_a_tokenizer_are_named(tmp_path, name, content, said):
+    path = make_model_folder(tmp_path / "base")
+    (path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} {said}"):
+        open_model(path).tokenizer()
+
+
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ({"weight_map": {"a": "model.safetensors"}}, "not an index of shards, with metadata"),
+        (
+            {"weight_map": {"a": "model.safetensors"}},
+            "not an index of shards, an object with metadata and weight_map .it has or names no 'metadata'",
+        ),
         ({"metadata": {}, "weight_map": {"a": 7}}, "weight_map: a: 7 is not a file's name"),
         ({"metadata": {}, "weight_map": {"a": ["b"]}}, r"weight_map: a: \['b'\] is not a file's name"),
         ({"metadata": {}, "weight_map": 3}, "not an index of shards"),
+        ([], r"not an index of shards, an object with metadata and weight_map \(list indices must be integers"),
     ],
 )
 def test_indices_of_another_form_are_refused(tmp_path, index, sentence):

@@ -112,6 +112,13 @@ def test_a_bare_off_is_the_word(tmp_path):
         (["seed=1e3"], ["seed is 1e3", "integer"]),
         (["verbose=perhaps"], ["verbose is perhaps", "boolean"]),
         (["run_dir="], ["run_dir must be given"]),
+        (["seed="], ["seed is empty; it should be a valid integer"]),
+        (["text.max_length=1"], ["text.max_length is 1; it should be greater than or equal to 2"]),
+        (
+            ["model={path: a, path: b}"],
+            ["model={path: a, path: b} is not valid YAML: line 1, column 11: the key path comes twice"],
+        ),
+        (["model=" + "[" * 5000], ["[[[... is not valid YAML: maximum recursion depth exceeded"]),
         (["run_dir=???"], ["run_dir must be given"]),
         (["model.path"], ["model.path", "key=value"]),
     ],
@@ -176,7 +183,7 @@ def test_a_number_is_within_the_range_of_its_key_or_a_mistake_that_names_it(sche
             loaded = value_of(load_recipe(schema, None, [*SCHEMAS[schema], *needs, word]), name)
         except UserError as mistake:
             assert name in str(mistake) and "\n" not in str(mistake)
-            assert value not in ("1", "0.5") or "below" in limits
+            assert value not in ("1", "0.5") or "below" in limits or limits.get("at least") == "2"
             continue
         number = loaded[0] if isinstance(loaded, list) and loaded else loaded
         if value == "":
@@ -309,6 +316,21 @@ def test_numbers_and_sections_of_a_file(tmp_path):
 def test_broken_yaml_is_one_sentence_that_names_the_file(tmp_path, content):
     (tmp_path / "r.yaml").write_text(content)
     assert mistake_of(Recipe, file=str(tmp_path / "r.yaml")).count(str(tmp_path / "r.yaml")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seed: 1\nverbose: true\nseed: 2\n", "line 3, column 1: the key seed comes twice"),
+        ("seed: 1\nticket: 'a\n", "line 3, column 1: found unexpected end of stream"),
+        ("text:\n\t- b\n", "line 2, column 1: found character '\\t' that cannot start any token"),
+        ("ticket: *nobody\n", "line 1, column 9: found undefined alias 'nobody'"),
+        ("seed: \0\n", "position 6: special characters are not allowed"),
+    ],
+)
+def test_broken_yaml_is_named_by_line_and_column(tmp_path, content, said):
+    (tmp_path / "r.yaml").write_text(content)
+    assert mistake_of(Recipe, file=str(tmp_path / "r.yaml")) == f"{tmp_path / 'r.yaml'} is not valid YAML: {said}"
 
 
 @pytest.mark.parametrize("name", [name for schema, name in keys_of(str) if schema is Recipe])

@@ -130,9 +130,9 @@ def test_the_sentence_names_file_and_key(run_dir):
     content = json.loads((folder / "results.json").read_text())
     for place, replacement, said in (
         (("stages", "lora", "bleu"), "x", "stages.lora.bleu: input should be a valid number"),
-        (("stages", "lora", "steps"), REMOVED, "stages.lora.steps: field required"),
-        (("text", "test"), [], "text.test: input should be a valid dictionary"),
-        (("baselines",), None, "baselines: input should be a valid dictionary"),
+        (("stages", "lora", "steps"), REMOVED, "stages.lora.steps: is missing"),
+        (("text", "test"), [], "text.test: should be an object, {...}"),
+        (("baselines",), None, "baselines: input should be a valid object, {...}"),
     ):
         (folder / "results.json").write_text(json.dumps(changed(content, place, replacement)))
         with pytest.raises(UserError) as error:

@@ -202,6 +202,12 @@ def test_a_ticket_edited_in_any_way_is_refused_or_usable(folder, capsys):
     assert refused > 400 and accepted > 20
 
 
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_table_of_no_tokens_is_refused(folder, limit):
+    with pytest.raises(UserError, match=f"--limit is {limit}; it must be at least 1"):
+        inspect.show(Ticket.load(folder), str(folder), limit)
+
+
 @pytest.mark.parametrize("name", ["ticket.json", "adapter_config.json", "ks.safetensors"])
 def test_a_file_of_another_kind_in_a_ticket_is_refused(folder, name):
     for content in FILES_OF_OTHER_KINDS:
