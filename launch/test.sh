@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All checks and tests, as CI runs them: bash launch/test.sh [pytest options]
+# All checks and tests, as CI runs them: bash launch/test.sh [--fast] [pytest options]
+# --fast: linters and unit tests only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh test
@@ -9,4 +10,8 @@ ruff format --check .
 mypy ksl_ds
 codespell
 shellcheck launch/*.sh launch/*.sbatch .ci/run
+if [ "${1:-}" = --fast ]; then
+    shift
+    set -- tests/unit "$@"
+fi
 python -m pytest -q -n 2 --dist loadfile "$@" # two files at a time: tests wait for processes more than they compute

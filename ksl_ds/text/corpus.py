@@ -246,7 +246,11 @@ def _table(path: str, rows: Iterator[tuple[int, list[str]]]) -> Iterator[dict[st
             raise UserError(f"{path}, line {number} has more columns than the {len(header)} of the first row")
         if row and header:
             yield dict(zip_longest(header, row))
-        header = header or row
+        if not header:
+            header = row
+            twice = [name for name, times in Counter(header).items() if times > 1 and name]
+            if twice:
+                raise UserError(f"{path} has the column {twice[0]} twice; rename or remove one of them")
 
 
 def _csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:

@@ -9,7 +9,6 @@ Only rank 0 reads files here; the digests of the weights are computed by all ran
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from ksl_ds.config.load import differing_keys
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.files import file_sha256, write_json
+from ksl_ds.files import Record, checked, file_sha256, read_json, write_json
 from ksl_ds.lottery.ticket_files import TICKET_JSON
 from ksl_ds.model.folder import SIDE_FOLDER, ModelFolder
 
@@ -25,6 +24,15 @@ logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
 SIDE_SUFFIXES = (".json", ".model", ".jinja", ".py", ".tiktoken", "merges.txt", "vocab.txt")
+
+
+class Inputs(Record):
+    """What `inputs.json` holds."""
+
+    deepspeed: dict[str, Any]
+    model_files: dict[str, str]
+    weights: dict[str, str]
+    ticket: str | None
 
 
 def inputs_of(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> dict[str, Any]:
@@ -77,16 +85,7 @@ def differing_model(left: dict[str, Any], right: dict[str, Any]) -> str | None:
 def read_inputs(run_dir: Path) -> dict[str, Any] | None:
     """What the run in a folder has recorded; None where it has not. Raises UserError for a damaged file."""
     path = Path(run_dir) / INPUTS
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        sections = [recorded[name] for name in ("deepspeed", "model_files", "weights")]
-        if not all(isinstance(section, dict) for section in sections) or "ticket" not in recorded:
-            raise ValueError("a part is missing")
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); choose another run_dir") from None
-    return recorded
+    return checked(read_json(path), Inputs, str(path)) if path.exists() else None
 
 
 def record_inputs(run_dir: Path, found: dict[str, Any], *, resumes: bool) -> None:

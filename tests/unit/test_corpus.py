@@ -584,3 +584,12 @@ def test_half_a_surrogate_pair_is_left_out_and_counted(tmp_path):
 
 def test_pairs_compare_by_their_text():
     assert Pair("a", "b") == Pair("a", "b") != Pair("b", "a")
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
+def test_a_column_that_comes_twice_is_a_mistake(tmp_path, name):
+    separator = "," if name.endswith("csv") else "\t"
+    rows = [["source", "source", "target"], ["a cat", "a dog", "un chat"]]
+    (tmp_path / name).write_text("".join(separator.join(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"{name} has the column source twice"):
+        load_corpus(Text(train=[str(tmp_path / name)]), "train", 0)
