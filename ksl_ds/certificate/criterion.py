@@ -72,7 +72,7 @@ class Agreement:
     ----------
     tokens, agreeing : predicted tokens that the criterion covers, and those on which both models agree
     sentences, agreeing_sentences : sentences with such a token, and those that agree on all of theirs
-    interval : exact 95 % interval of the share of agreeing sentences; None below LEAST_SENTENCES sentences
+    interval : exact 95 % interval of the share of agreeing sentences; None below MIN_SENTENCES sentences
     """
 
     tokens: int

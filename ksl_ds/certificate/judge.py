@@ -4,7 +4,7 @@ Reference: the embed-tuned model. Candidates, one forward pass over the held-out
 - partial transfer at every alpha of a grid: the base model with the reference's rows of T(alpha), drawn anew from the
   KS test of base and reference, in the precision in which they are compared;
 - the ticket that was given, with its own rows, at its own alpha only: tuned rows exist for no other.
-See lottery/certificate.py for the criterion and its gaps, candidates.py for how the models take turns.
+See criterion.py for the criterion and its gaps, candidates.py for how the models take turns.
 
 Legend: V tokens, N predicted tokens, S sentences.
 """

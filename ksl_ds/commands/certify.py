@@ -1,13 +1,4 @@
-"""How far the model of a ticket agrees with the embed-tuned one: the certificate, as reconstructed, and what is measured.
-
-Reference: the embed-tuned model. Candidates, one forward pass over the held-out text each:
-- partial transfer at every alpha of a grid: the base model with the reference's rows of T(alpha), drawn anew from the
-  KS test of base and reference, in the precision in which they are compared;
-- the ticket that was given, with its own rows, at its own alpha only: tuned rows exist for no other.
-See certificate/criterion.py for the criterion and its gaps, candidates.py there for the order of loading.
-
-Legend: V tokens, N predicted tokens, S sentences.
-"""
+"""How far the model of a ticket agrees with the embed-tuned one; see certificate/judge.py and candidates.py there."""
 
 from __future__ import annotations
 

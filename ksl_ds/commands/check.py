@@ -1,8 +1,4 @@
-"""Checks on every host that everything that a run needs is in place: a list to read before an expensive job.
-
-Nothing is trained, no weights are loaded, no files are left behind. Every finding is gathered, so a line covers all ranks
-and names the hosts where something is missing.
-"""
+"""Checks on every host that everything that a run needs is in place; see preflight/checks.py."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.preflight.checks import (
     Checklist,
-    _versions_line,
     config_of_rank_0,
     device_check,
     disk_check,
@@ -25,6 +20,7 @@ from ksl_ds.preflight.checks import (
     shared_check,
     smallest_device,
     text_check,
+    versions_line,
 )
 from ksl_ds.report.tables import print_text
 
@@ -34,7 +30,7 @@ def main(recipe: Recipe) -> None:
     checks = Checklist()
     ranks_and_hosts(checks, recipe)
     environment = hardware_and_versions()
-    versions = checks.on_all("versions", lambda: (_versions_line(environment), environment["versions"]))
+    versions = checks.on_all("versions", lambda: (versions_line(environment), environment["versions"]))
     checks.same("versions", versions, "other versions")
     configs = checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", config_of_rank_0(recipe)))
     device_check(checks, recipe)

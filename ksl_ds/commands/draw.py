@@ -1,6 +1,6 @@
-"""The KS test of two checkpoints: row blocks straight from safetensors, spread over the ranks; no model is loaded.
+"""Draws a ticket from two checkpoints of one model; see model/checkpoint_draw.py.
 
-Legend: V tokens, D coordinates, R rows of this rank, B rows of a block, K drawn rows.
+Legend: K drawn rows.
 """
 
 from __future__ import annotations

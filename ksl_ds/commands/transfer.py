@@ -1,11 +1,4 @@
-"""`ksl-ds transfer`: a base model and a ticket become a full model folder.
-
-With a ticket drawn from two checkpoints this is the paper's partial transfer (the rows of the tuned checkpoint, no
-second training); with one from partial tuning it merges the tuned rows, for servers that cannot load row adapters.
-Works on files: no model is loaded, and memory stays at a block of the embedding. Rank 0 writes, other ranks wait.
-
-K ticket rows, D coordinates of a row.
-"""
+"""A base model and a ticket become a full model folder; see model/transfer.py."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ from ksl_ds.training.stages import (
 
 logger = logging.getLogger(__name__)
 
-Outcome = dict[str, Any]  # as comparison.py describes it
+Outcome = dict[str, Any]  # as tables.py describes it
 
 
 @dataclass

@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ksl_ds.config.schema import KEYS_THAT_MAY_CHANGE_ON_RESUME, MISSING, NULL, PACKAGE_DIR, RENAMED, Recipe
+from ksl_ds.config.validate import check_recipe
 from ksl_ds.errors import UserError, reason_of
 from ksl_ds.files import write_text
 
@@ -111,10 +112,15 @@ def with_current_names(given: dict[str, Any]) -> dict[str, Any]:
     return current
 
 
+def _is_or_lies_in(name: str, key: str) -> bool:
+    """Whether a dotted name is `key` or one of the keys of that section."""
+    return name == key or name.startswith(f"{key}.")
+
+
 def _word_with_current_name(word: str) -> str:
     name, equals, value = word.partition("=")
     for old, new in RENAMED.items():
-        if name == old or name.startswith(f"{old}."):
+        if _is_or_lies_in(name, old):
             return f"{new}{name.removeprefix(old)}{equals}{value}"
     return word
 
@@ -125,7 +131,7 @@ def _warn_of_old_names(given: dict[str, Any], words: list[str]) -> None:
     for old, new in RENAMED.items():
         section, _, short = old.partition(".")
         in_file = isinstance(given.get(section), dict) and short in given[section]
-        if in_file or any(name == old or name.startswith(f"{old}.") for name in named):
+        if in_file or any(_is_or_lies_in(name, old) for name in named):
             logger.warning("%s is now called %s; the old name will be removed", old, new)
 
 
@@ -154,8 +160,6 @@ def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, in the recipe or as {missing[0]}=...")
     if isinstance(recipe, Recipe):
-        from ksl_ds.config.validate import check_recipe  # which needs this file's schema
-
         check_recipe(recipe)
     return recipe
 

@@ -15,7 +15,7 @@ cut into N parts that are rounded up:
                  backward pass (half of stage3_max_reuse_distance: the way there and back) and, as every module asks for
                  another prefetch bucket, stage3_max_live_parameters; and a bucket more, b P at most; and the bucket once
                  more, since weights are copied out of the buffer that they arrive in
-    working      activations, logits and passing gradients, measured by a dry run (ksl_ds/model/dry_run.py); unknown where
+    working      activations, logits and passing gradients, measured by a dry run (model/dry_run.py); unknown where
                  an architecture does not run there
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
     wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,

@@ -1,7 +1,7 @@
-"""What a run needs before it is paid for: memory of a rank by kind, bytes on the wire, seconds of a draw, fewest GPUs.
+"""What is estimated, and what each method of it trains.
 
 The model is built on the meta device, so that parameters are counted and not computed, and one training step of each method
-is run there without data (ksl_ds/model/dry_run.py); the rest is arithmetic (ksl_ds/sharding/estimate.py). The one thing
+is run there without data (model/dry_run.py); the rest is arithmetic (memory.py). The one thing
 that is timed, on this machine, is the KS test of a few hundred rows.
 """
 
@@ -19,12 +19,11 @@ from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.estimate.memory import MethodCost, ModelDims, Needs, Zero, fits, min_ranks
+from ksl_ds.estimate.memory import MethodCost, ModelDims, Zero
 from ksl_ds.lottery.ticket import measure_shift
 from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing, with_adapter
 from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, model_config, step_bytes
 from ksl_ds.model.row_parameter import TicketRows
-from ksl_ds.report.tables import size
 from ksl_ds.sharding.engine import TORCH_DTYPE, linear_of_stage, read_config
 
 METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora", "prefix")
@@ -132,7 +131,7 @@ def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int
     )  # fmt: skip
 
 
-def _recipe(command: EstimateCommand) -> Recipe:
+def recipe_of(command: EstimateCommand) -> Recipe:
     """A recipe with what the command says: the one given as `model`, or one of defaults."""
     words = {
         "deepspeed": command.deepspeed,
@@ -145,64 +144,6 @@ def _recipe(command: EstimateCommand) -> Recipe:
     if Path(command.model).suffix in (".yaml", ".yml"):
         return load_recipe(Recipe, command.model, [*overrides, "method=lora"])
     return load_recipe(Recipe, None, ["run_dir=unused", f"model.path={command.model}", *overrides, "method=lora"])
-
-
-KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
-
-
-def _method_or_problem(plan: Plan, name: str, checkpointing: bool) -> MethodCost | str:
-    try:
-        return plan.method(name, checkpointing=checkpointing)
-    except UserError as error:
-        return str(error)
-
-
-def _activations(needs: Needs | None) -> str:
-    if needs is None:
-        return "–"
-    return "unknown" if needs.working is None else size(needs.working)
-
-
-def _peak(needs: Needs | None) -> str:
-    if needs is None:
-        return "–"
-    return ("> " if needs.working is None else "") + size(needs.device)
-
-
-def _verdict(needs: Needs | None, method: MethodCost | str, training: ModelDims, zero: Zero, memory: int | None) -> str:
-    if memory is None or needs is None or isinstance(method, str):
-        return "–"
-    if method.working is None:
-        return "unknown"
-    fewest = min_ranks(method, training, zero, memory)
-    return "none" if fewest is None else f"{fewest:,}{'' if fits(needs, training, memory) else ' (not here)'}"
-
-
-def _left_open(found: dict[tuple[str, bool], MethodCost | str]) -> list[str]:
-    """A line for every reason why a number is missing, with the cases it concerns."""
-    cases: dict[str, list[str]] = {}
-    for (name, checkpointing), method in found.items():
-        if isinstance(method, str):
-            reason = method
-        elif method.working is None:
-            reason = f"activations: unknown for this architecture: {method.unknown}; peak is without them"
-        else:
-            continue
-        cases.setdefault(reason, []).append(f"{name} ({'checkpointed' if checkpointing else 'plain'})")
-    everything = len(found)
-    return [
-        reason + ("." if len(names) == everything else f". Concerns {', '.join(names)}.")
-        for reason, names in cases.items()
-    ]
-
-
-def _evaluation_note(plan: Plan, total: int, training: ModelDims) -> list[str]:
-    if plan.zero.stage < 3 or not plan.recipe.evaluation.gather_weights:
-        return []
-    return [
-        f"Translating with evaluation.gather_weights=true holds the whole model, {size(total * training.weight_bytes)}, on "
-        "every GPU."
-    ]
 
 
 def seconds_of_a_row(width: int) -> float:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from ksl_ds import distributed
 from ksl_ds.config.schema import EstimateCommand
-from ksl_ds.estimate.memory import MethodCost, rank_needs
+from ksl_ds.errors import UserError
+from ksl_ds.estimate.memory import MethodCost, ModelDims, Needs, Zero, fits, min_ranks, rank_needs
 from ksl_ds.estimate.plan import (
-    KINDS,
     METHODS,
     RESERVED,
     Plan,
-    _activations,
-    _evaluation_note,
-    _left_open,
-    _method_or_problem,
-    _peak,
-    _verdict,
     seconds_of_a_row,
 )
 from ksl_ds.report.tables import Column, Table, count, duration, size
+
+KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
 
 
 def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
@@ -109,3 +105,58 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         ],
     )
     return [memory_table, traffic_table]
+
+
+def _method_or_problem(plan: Plan, name: str, checkpointing: bool) -> MethodCost | str:
+    try:
+        return plan.method(name, checkpointing=checkpointing)
+    except UserError as error:
+        return str(error)
+
+
+def _activations(needs: Needs | None) -> str:
+    if needs is None:
+        return "–"
+    return "unknown" if needs.working is None else size(needs.working)
+
+
+def _peak(needs: Needs | None) -> str:
+    if needs is None:
+        return "–"
+    return ("> " if needs.working is None else "") + size(needs.device)
+
+
+def _verdict(needs: Needs | None, method: MethodCost | str, training: ModelDims, zero: Zero, memory: int | None) -> str:
+    if memory is None or needs is None or isinstance(method, str):
+        return "–"
+    if method.working is None:
+        return "unknown"
+    fewest = min_ranks(method, training, zero, memory)
+    return "none" if fewest is None else f"{fewest:,}{'' if fits(needs, training, memory) else ' (not here)'}"
+
+
+def _left_open(found: dict[tuple[str, bool], MethodCost | str]) -> list[str]:
+    """A line for every reason why a number is missing, with the cases it concerns."""
+    cases: dict[str, list[str]] = {}
+    for (name, checkpointing), method in found.items():
+        if isinstance(method, str):
+            reason = method
+        elif method.working is None:
+            reason = f"activations: unknown for this architecture: {method.unknown}; peak is without them"
+        else:
+            continue
+        cases.setdefault(reason, []).append(f"{name} ({'checkpointed' if checkpointing else 'plain'})")
+    everything = len(found)
+    return [
+        reason + ("." if len(names) == everything else f". Concerns {', '.join(names)}.")
+        for reason, names in cases.items()
+    ]
+
+
+def _evaluation_note(plan: Plan, total: int, training: ModelDims) -> list[str]:
+    if plan.zero.stage < 3 or not plan.recipe.evaluation.gather_weights:
+        return []
+    return [
+        f"Translating with evaluation.gather_weights=true holds the whole model, {size(total * training.weight_bytes)}, on "
+        "every GPU."
+    ]

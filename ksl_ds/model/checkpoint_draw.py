@@ -1,6 +1,6 @@
 """The KS test of two checkpoints: row blocks straight from safetensors, spread over the ranks; no model is loaded.
 
-Legend: V tokens, D coordinates, R rows of this rank, B rows of a block, K drawn rows.
+Legend: V tokens, D coordinates, R rows of this rank, B rows of a block.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from ksl_ds.errors import UserError, reason_of
 from ksl_ds.files import atomic_folder, read_json, reason
 from ksl_ds.model.safetensors_io import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER = "tokenizer.json"  # tens of megabytes for large vocabularies
+TOKENIZER_SIDES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 SIDE_FOLDER = "additional_chat_templates"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -435,13 +436,12 @@ class ModelFolder(Shards):
         """The transformers tokenizer. Raises UserError where there is none or the embedding is too small for it."""
         from transformers import AutoTokenizer
 
-        for name in TOKENIZER_FILES:
-            file = self.path / name
-            if file.is_file() and not isinstance(read_json(file), dict):
-                raise UserError(f"{file} belongs to a tokenizer and must hold an object, {{...}}; fetch it again")
+        for name in TOKENIZER_SIDES:
+            self._check_tokenizer_file(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # transformers, tokenizers and sentencepiece raise whatever they like here
+            self._check_tokenizer_file(TOKENIZER)  # read a second time only to say what is wrong with it
             raise UserError(f"{self.path}: the tokenizer does not load: {reason_of(error)}") from None
         rows = self.shape(self.embedding_name)[0]
         largest = largest_id(tokenizer)
@@ -451,6 +451,12 @@ class ModelFolder(Shards):
                 "rows of its embedding; use the tokenizer that belongs to the model"
             )
         return tokenizer
+
+    def _check_tokenizer_file(self, name: str) -> None:
+        """Raises UserError for a file that is no JSON object."""
+        file = self.path / name
+        if file.is_file() and not isinstance(read_json(file), dict):
+            raise UserError(f"{file} belongs to a tokenizer and must hold an object, {{...}}; fetch it again")
 
 
 def largest_id(tokenizer: Any) -> int:

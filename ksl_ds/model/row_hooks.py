@@ -9,7 +9,7 @@ The hooks live as long as the weight; copies of the model, deep or pickled, have
 unnoticed, such as another weight in this one's place, is an error at the next forward pass that records gradients.
 
 Exact and simple, but gradient and optimizer states keep the size of the whole matrix, and a step copies this rank's part
-of it twice. Mode `rows` (ticket_rows.py) does without.
+of it twice. Mode `rows` (row_parameter.py) does without.
 
 Legend: V tokens, D coordinates, K chosen rows; `flat` tensors are parts of a flattened (V, D) weight.
 """

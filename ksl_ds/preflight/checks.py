@@ -114,7 +114,8 @@ def ranks_and_hosts(checks: Checklist, recipe: Recipe) -> None:
         checks.add("warning", "hosts", "they have different numbers of ranks; is that meant?")
 
 
-def _versions_line(environment: dict[str, Any]) -> str:
+def versions_line(environment: dict[str, Any]) -> str:
+    """The versions that must be the same on all hosts, for reading."""
     shown = ("ksl_ds", "python", "torch", "deepspeed", "transformers")
     return ", ".join(f"{name} {environment['versions'].get(name, 'missing')}" for name in shown)
 

@@ -42,7 +42,7 @@ class TextPart(Record):
 
 
 class Environment(Record):
-    """As `tracking.hardware_and_versions` gives it."""
+    """As `environment.hardware_and_versions` gives it."""
 
     versions: dict[str, str]
     ranks: Count

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ksl_ds.sharding.partition import is_partitioned
+
 _wrappers = WeakTensorKeyDictionary()  # parameter -> weak reference to the wrapper that holds its master
 
 
@@ -26,7 +28,7 @@ def hidden_master(parameter: Any, *, search: bool = True) -> Tensor | None:
     """
     if parameter.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if hasattr(parameter, "ds_tensor") or getattr(parameter, "_hp_mapping", None) is not None:
+    if is_partitioned(parameter) or getattr(parameter, "_hp_mapping", None) is not None:
         return None
     if parameter not in _wrappers or _wrappers[parameter]() is None:
         if not search or not parameter.requires_grad:

@@ -169,7 +169,7 @@ class RowShard:
 
     def write(self, rows_RD: Tensor) -> None:
         """Puts this rank's rows back, into the fp32 masters and into the weights that compute."""
-        if not hasattr(self._parameter, "ds_tensor"):
+        if not is_partitioned(self._parameter):
             self._write_everywhere(rows_RD)
             return
         parts = self._zero3_parts()

@@ -37,6 +37,17 @@ NO_PROMPT = "whose prompt has no tokens"
 AT_ONCE = 1000  # texts that the tokenizer takes in one call; a call for each costs half as much again
 
 
+@dataclass
+class Example:
+    """A prompt and the response to learn, end token included, as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
 class Prompt:
     """A template with its languages and tokenizer.
 
@@ -76,10 +87,10 @@ class Prompt:
         text = text.replace("{source_language}", source_language).replace("{target_language}", target_language)
         self._around = text.split("{source}")
         self._chat = ChatTemplate(tokenizer, self._around) if template == "chat" else None
-        self._anchor = self.render("x")[-1]
+        template_text = self.render("x")
+        self._anchor = template_text[-1]
         self._anchor_ids = self._tokens([self._anchor])[0]
         self._gap = self._chat.gap() if self._chat else "" if self._anchor == "\n" else " "
-        template_text = self.render("x")
         self._special = self._special_tokens(template_text)
         self._reads_like_special = re.compile(
             "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
@@ -161,14 +172,3 @@ class Prompt:
             if token.content.strip() and (token.special or token.content in template_text):
                 special[token.content] = number
         return special
-
-
-@dataclass
-class Example:
-    """A prompt and the response to learn, end token included, as token ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)

@@ -75,7 +75,7 @@ def test_an_interval_comes_with_the_sentences_for_it():
     for sentences in (MIN_SENTENCES - 1, MIN_SENTENCES):
         found = agreement(torch.ones(2 * sentences, dtype=torch.bool), torch.full((sentences,), 2))
         assert (found.interval is None) == (sentences < MIN_SENTENCES)
-    # What LEAST_SENTENCES says of itself.
+    # What MIN_SENTENCES says of itself.
     low, high = clopper_pearson(MIN_SENTENCES // 2, MIN_SENTENCES)
     assert 0.37 < high - low < 0.38
 
