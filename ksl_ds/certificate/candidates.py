@@ -19,6 +19,7 @@ from torch import Tensor
 from ksl_ds import distributed
 from ksl_ds.certificate.criterion import Predictions
 from ksl_ds.certificate.predictions import predict_test_text
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.pvalues import critical_count
@@ -108,7 +109,7 @@ def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Ca
             predictions = last.predictions  # tickets are nested in alpha: the same size is the same ticket
         last = Candidate(
             {
-                "candidate": "partial_transfer",
+                "candidate": Stage.PARTIAL_TRANSFER,
                 "given": False,
                 "selection": "alpha",
                 "alpha": alpha,
@@ -133,7 +134,7 @@ def _given_ticket(run: RunContext, ticket: Ticket, shift: Shift) -> Candidate:
     outside = int(shift.count_V[~in_ticket_V].max()) if not in_ticket_V.all() else 0
     stage = str(ticket.source.get("stage", "given"))
     record = {
-        "candidate": "partial_transfer" if stage == "embed_tuning" else stage,
+        "candidate": Stage.PARTIAL_TRANSFER if stage == Stage.EMBED_TUNING else stage,
         "given": True,
         "selection": ticket.selection,
         "alpha": ticket.alpha if by_alpha else None,

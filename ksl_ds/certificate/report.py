@@ -13,9 +13,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
+from ksl_ds.config.methods import label_of
 from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.plots import INK, PALETTE, style
-from ksl_ds.report.tables import DASH, Column, Table, count, decimals, stage_name, visible
+from ksl_ds.report.tables import DASH, Column, Table, count, decimals, visible
 
 PERCENT = f"{CONFIDENCE:.0%}"
 CLAIMS = {
@@ -41,7 +42,7 @@ SHOWN = 10  # counterexamples of a candidate in the report; counterexamples.json
 
 def candidate_name(row: Mapping[str, Any]) -> str:
     """ "partial transfer, alpha 0.5", or the ticket that was given: "ticket (partial tuning), alpha 0.5"."""
-    name = stage_name(row["candidate"])
+    name = label_of(row["candidate"])
     drawn = f"alpha {row['alpha']:g}" if row["selection"] == "alpha" else row["selection"]
     return f"ticket ({name}), {drawn}" if row["given"] else f"{name}, {drawn}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ksl_ds import distributed
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import DrawCommand
 from ksl_ds.errors import UserError
 from ksl_ds.files import reason
@@ -52,7 +53,7 @@ def main(command: DrawCommand) -> None:
                 method=command.method,
                 tokens=token_strings(tokenizer, ids),
                 embedding_scope=command.embedding_scope,
-                source={"stage": "embed_tuning", "before": command.before, "after": command.after},
+                source={"stage": Stage.EMBED_TUNING, "before": command.before, "after": command.after},
             )
             shared_head = before.head_module if before.tied and command.embedding_scope == "shared" else None
             try:

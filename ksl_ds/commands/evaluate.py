@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import evaluate_stage, score_copying
@@ -17,10 +18,10 @@ def main(recipe: Recipe) -> None:
     with open_run(recipe, trains=False) as run:
         score_copying(run)
         if recipe.ticket is None:
-            evaluate_stage(run, "untuned", trained_parameters=0)
+            evaluate_stage(run, Stage.UNTUNED, trained_parameters=0)
         else:
             shard = RowShard(run.model.get_input_embeddings().weight)
             ticket = load_ticket(run, shard, recipe.ticket)
             shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-            evaluate_stage(run, "ticket", trained_parameters=ticket.rows_KD.numel())
+            evaluate_stage(run, Stage.TICKET, trained_parameters=ticket.rows_KD.numel())
         show_stages(run)

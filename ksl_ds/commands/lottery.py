@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import explain_empty
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import evaluate_stage, score_copying
 from ksl_ds.training.run import open_run
-from ksl_ds.training.stages import token_frequency, tune_embedding, tune_ticket
+from ksl_ds.training.stages import token_frequency, transfer_ticket, tune_embedding, tune_ticket
 from ksl_ds.training.summary import show_stages, summarise
 
 
@@ -18,7 +17,7 @@ def main(recipe: Recipe) -> None:
     """Runs the lottery of a recipe. Raises UserError for a mistake in it, and when the draw selects no row."""
     with open_run(recipe) as run:
         score_copying(run)
-        evaluate_stage(run, "untuned", trained_parameters=0)
+        evaluate_stage(run, Stage.UNTUNED, trained_parameters=0)
 
         # 1. Snapshot the embedding, train all of it, and see which rows shifted.
         shard = RowShard(run.model.get_input_embeddings().weight)
@@ -28,18 +27,12 @@ def main(recipe: Recipe) -> None:
             show_stages(run)
             raise UserError(
                 f"{explain_empty(shift, recipe.draw.alpha, recipe.draw.method)}; the embed-tuned model is kept in "
-                f"{run.dir / 'checkpoints' / 'embed_tuning'}, where ksl-ds draw tries other settings at once"
+                f"{run.dir / 'checkpoints' / Stage.EMBED_TUNING}, where ksl-ds draw tries other settings at once"
             )
 
         # 2. Partial transfer: the drawn rows in the base model, nothing trained again.
         shard.write(base_RD)
-        shard.write_rows(torch.tensor(drawn.token_ids), drawn.rows_KD)
-        evaluate_stage(
-            run,
-            "partial_transfer",
-            trained_parameters=drawn.rows_KD.numel(),
-            tuned=run.dir / "checkpoints" / "partial_transfer",
-        )
+        transfer_ticket(run, shard, drawn, run.dir / "checkpoints" / Stage.PARTIAL_TRANSFER)
 
         # 3. Partial tuning: the drawn rows alone, from the base weights.
         shard.write(base_RD)

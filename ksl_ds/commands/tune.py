@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ksl_ds.config.methods import METHODS
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import score_copying
 from ksl_ds.training.run import open_run
-from ksl_ds.training.stages import load_ticket, tune_adapter, tune_all, tune_embedding, tune_ticket
+from ksl_ds.training.stages import load_ticket, run_stage
 from ksl_ds.training.summary import show_stages
 
 
@@ -18,12 +19,6 @@ def main(recipe: Recipe) -> None:
     with open_run(recipe, method=recipe.method) as run:
         score_copying(run)
         shard = RowShard(run.model.get_input_embeddings().weight)
-        if recipe.method == "embed":
-            tune_embedding(run, shard, shard.read())
-        elif recipe.method == "full":
-            tune_all(run)
-        elif recipe.method == "ticket" and recipe.ticket is not None:
-            tune_ticket(run, shard, load_ticket(run, shard, recipe.ticket))
-        else:
-            tune_adapter(run)
+        ticket = load_ticket(run, shard, recipe.ticket) if recipe.method == "ticket" and recipe.ticket else None
+        run_stage(run, METHODS[recipe.method].stage, shard, ticket)
         show_stages(run)

@@ -14,67 +14,36 @@ from pathlib import Path
 from typing import Any
 
 from ksl_ds.config.load import differing_keys, with_current_names
-from ksl_ds.config.schema import NEEDS_EMBED, Compare, Recipe
+from ksl_ds.config.methods import METHOD_SECTIONS, METHODS, Method, Rows, Stage
+from ksl_ds.config.schema import Compare, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import clean
 from ksl_ds.report.records import read_results
 
-# method of `compare.methods`: (the entry's key, the stage that its run scores)
-ENTRIES = {
-    "untuned": ("untuned", "untuned"),
-    "full": ("full_tuning", "full_tuning"),
-    "embed": ("embed_tuning", "embed_tuning"),
-    "transfer": ("partial_transfer", "partial_transfer"),
-    "ticket": ("partial_tuning", "partial_tuning"),
-    "top_k": ("rows_of_largest_D", "partial_tuning"),
-    "frequency": ("rows_by_frequency", "partial_tuning"),
-    "random": ("rows_at_random", "partial_tuning"),
-    "shift_norm": ("rows_by_shift_norm", "partial_tuning"),
-    "shift_ratio": ("rows_by_shift_ratio", "partial_tuning"),
-    "newline": ("one_row:_newline", "partial_tuning"),
-    "bos": ("one_row:_BOS", "partial_tuning"),
-    "first_prompt_token": ("one_row:_first_prompt_token", "partial_tuning"),
-    "lora": ("lora", "lora"),
-    "prefix": ("prefix_tuning", "prefix_tuning"),
-}
-OF_ALPHA = ("transfer", "ticket")
-ONE_ROW = ("newline", "bos", "first_prompt_token")
-# Sections that only some methods read.
-READ_BY = {
-    "embed_tuning": ("embed", *NEEDS_EMBED),
-    "partial_tuning": ("ticket", *NEEDS_EMBED[2:], *ONE_ROW),
-    "draw": ("embed", *NEEDS_EMBED),
-    "full_tuning": ("full",),
-    "lora": ("lora",),
-    "prefix": ("prefix",),
-}
-
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the comparison's table: a method, for tickets at a level."""
+    """A row of the comparison's table: a method of `METHODS` by its name, for tickets at a level."""
 
     method: str
     alpha: float | None = None
 
     @property
+    def spec(self) -> Method:
+        return METHODS[self.method]
+
+    @property
     def key(self) -> str:
-        """In results.json and, with spaces, in tables: partial_tuning_alpha_0.05."""
-        name = ENTRIES[self.method][0]
-        return name if self.alpha is None else f"{name}_alpha_{self.alpha:g}"
+        """In results.json: partial_tuning_alpha_0.05."""
+        return self.spec.key if self.alpha is None else f"{self.spec.key}_alpha_{self.alpha:g}"
 
     @property
-    def stage(self) -> str:
-        """What its run calls it in results.json."""
-        return ENTRIES[self.method][1]
-
-    @property
-    def needs_embed(self) -> bool:
-        """Whether its rows, or how many there are, follow from embed tuning with the same seed."""
-        return self.method in NEEDS_EMBED
+    def stage(self) -> Stage:
+        """What its run scores."""
+        return self.spec.stage
 
     def folder(self, home: Path, seed: int) -> Path:
-        return home / "runs" / f"{self.key.replace(':_', '_')}-seed{seed}"
+        return home / "runs" / f"{self.key}-seed{seed}"
 
     def recipe(self, recipe: Recipe, home: Path, seed: int, num_rows: int | None) -> Recipe:
         """The recipe of its run: the comparison's, with this seed, and with the choice of rows written out.
@@ -85,36 +54,37 @@ class Entry:
         own.run_dir, own.seed, own.compare, own.ticket = str(self.folder(home, seed)), seed, Compare(), None
         own.resume = "auto"
         own.text.seed = recipe.text_seed
-        for (
-            section,
-            methods,
-        ) in READ_BY.items():  # so that a change of another method's section does not concern this run
-            if self.method not in methods:
-                setattr(own, section, type(getattr(own, section))())
+        for section in METHOD_SECTIONS - self.spec.reads:  # a change there does not concern this run
+            setattr(own, section, type(getattr(own, section))())
         own.tracking.name = f"{recipe.tracking.name or Path(recipe.run_dir).name}-{self.key}-seed{seed}"
-        if self.method in ("embed", "full", "lora", "prefix"):
-            own.method = self.method  # type: ignore[assignment]
-        elif self.method != "untuned":
-            own.method = "ticket"
-            own.draw.every = own.draw.early_stopping = None
+        own.method = self.spec.tune_as or own.method
+        if self.spec.rows is not None:
+            own.draw.every = None
+            own.draw.early_stopping = None
         if self.alpha is not None:
-            own.draw.selection, own.draw.alpha = "alpha", self.alpha
-        elif self.needs_embed:
-            own.draw.selection, own.draw.top_k = self.method, num_rows  # type: ignore[assignment]
+            own.draw.selection = "alpha"
+            own.draw.alpha = self.alpha
+        elif num_rows is not None and self.spec.rows is Rows.CONTROL:
+            own.draw.selection = self.method
+            own.draw.top_k = num_rows
         return own
 
 
 def entries_of(compare: Compare) -> list[Entry]:
     """The rows of the table, in the order in which they run: embed tuning first, since tickets need it."""
-    order = ["untuned", "embed", "transfer", "ticket"]
-    methods = [name for name in order if name in compare.methods]
-    methods += [name for name in ENTRIES if name in compare.methods and name not in order]
-    return [Entry(method, alpha) for method in methods for alpha in (compare.alphas if method in OF_ALPHA else [None])]
+    first = ["untuned", "embed", "transfer", "ticket"]
+    methods = [name for name in first if name in compare.methods]
+    methods += [name for name in METHODS if name in compare.methods and name not in first]
+    return [
+        Entry(method, alpha)
+        for method in methods
+        for alpha in (compare.alphas if METHODS[method].rows is Rows.TICKET else [None])
+    ]
 
 
 def seeds_of(entry: Entry, compare: Compare) -> list[int]:
     """The seeds that an entry runs with: nothing about the untuned model depends on one."""
-    return compare.seeds[:1] if entry.method == "untuned" else compare.seeds
+    return compare.seeds[:1] if entry.stage is Stage.UNTUNED else compare.seeds
 
 
 def comparison_dir(recipe: Recipe) -> Path:
@@ -160,7 +130,8 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     A lottery of another recipe is no mistake here: its stages are not taken.
     """
     results = read_results(run_dir)
-    if entry.method not in ("untuned", "embed", *OF_ALPHA) or results is None:
+    in_lottery = entry.stage in (Stage.UNTUNED, Stage.EMBED_TUNING) or entry.spec.rows is Rows.TICKET
+    if not in_lottery or results is None:
         return None
     theirs = with_current_names(results["recipe"])
     if entry.stage not in results["stages"] or theirs["seed"] != wanted.seed:
@@ -169,7 +140,7 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     if entry.alpha is not None:
         # It looked at tickets while it trained, which changed nothing unless it stopped there.
         drawn = {**drawn, "every": None, "top_k": own["top_k"]}
-    if drawn != own and entry.method in READ_BY["draw"]:
+    if drawn != own and "draw" in entry.spec.reads:
         return None
     text = {**theirs["text"], "seed": wanted.text.seed}
     same_text = theirs["text"].get("seed") in (None, wanted.text.seed) and theirs["seed"] == wanted.text.seed
@@ -178,7 +149,7 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
 
 def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str) -> str:
     """The first key in which a recorded recipe differs from a wanted one, as far as `method` reads it; empty for none."""
-    unread = {section for section, methods in READ_BY.items() if method not in methods} | {"method", "ticket"}
+    unread = METHOD_SECTIONS - METHODS[method].reads | {"method", "ticket"}
     for name, (left, right) in differing_keys(theirs, clean(wanted)).items():
         if name.partition(".")[0] not in unread:
             return f"{name} is {left} there and {right} here"

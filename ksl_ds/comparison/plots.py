@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ksl_ds.config.methods import label_of
 from ksl_ds.report.plots import INK, PALETTE, style
-from ksl_ds.report.tables import stage_name
 
 MARKERS = "os^Dv<>Ph*X"
 
@@ -35,7 +35,7 @@ def score_bars(stages: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, 
             values = [stages[name].get(key) or 0.0 for name in names]
             spread = [(stages[name].get("spread") or {}).get(key) or 0.0 for name in names]
             axes.barh(at, values, 0.6, xerr=spread, color=color, error_kw=ink)
-        bleu.set_yticks(at, [stage_name(name) for name in names], parse_math=False)
+        bleu.set_yticks(at, [label_of(name) for name in names], parse_math=False)
         for axes, title in ((bleu, "BLEU"), (chrf, "chrF++"), (loss, "test loss")):
             axes.set_title(title)
             axes.set_xlim(left=0)
@@ -60,7 +60,7 @@ def loss_against_size(stages: Mapping[str, Mapping[str, Any]]) -> Figure:
                 yerr=(stage.get("spread") or {}).get("test_loss"),
                 fmt=MARKERS[number % len(MARKERS)],
                 color=PALETTE[number % len(PALETTE)],
-                label=stage_name(name),
+                label=label_of(name),
                 capsize=2,
             )
         axes.set_xscale("symlog", linthresh=10)
@@ -81,7 +81,7 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> 
                 losses,
                 color=PALETTE[number % len(PALETTE)],
                 linestyle=("-", "--", ":")[number // len(PALETTE) % 3],
-                label=stage_name(name),
+                label=label_of(name),
             )
         axes.set(xlabel="step", ylabel="training loss of a batch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

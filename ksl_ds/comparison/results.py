@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from ksl_ds.comparison import tables as report
 from ksl_ds.comparison.plots import loss_against_size, loss_curves, score_bars
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
@@ -91,7 +92,7 @@ def show_file(path: Path) -> None:
 
 def _shown_order(outcomes: Outcomes) -> list[str]:
     """The table's order: untuned, full and embed tuning, then as they ran."""
-    first = [key for key in ("untuned", "full_tuning", "embed_tuning") if key in outcomes]
+    first = [key for key in (Stage.UNTUNED, Stage.FULL_TUNING, Stage.EMBED_TUNING) if key in outcomes]
     return first + [key for key in outcomes if key not in first]
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from ksl_ds import distributed
 from ksl_ds.comparison.entries import (
-    OF_ALPHA,
-    ONE_ROW,
     Entry,
     entries_of,
     finished,
@@ -30,25 +28,23 @@ from ksl_ds.comparison.entries import (
 )
 from ksl_ds.comparison.results import finish
 from ksl_ds.config.load import save_recipe
+from ksl_ds.config.methods import Rows, Stage, label_of
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
+from ksl_ds.lottery.selection import RULES
 from ksl_ds.lottery.shift import load_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, explain_empty, make_ticket
 from ksl_ds.model.folder import ModelFolder, token_strings
-from ksl_ds.report.tables import stage_name
 from ksl_ds.sharding.draw import ids_of_draw
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.training.evaluation import evaluate_stage, score_copying
+from ksl_ds.training.evaluation import score_copying
 from ksl_ds.training.inputs import INPUTS, differing_model, read_inputs
 from ksl_ds.training.run import RunContext, open_run
 from ksl_ds.training.stages import (
     DRAW_FILE,
+    run_stage,
     save_ticket,
     token_frequency,
-    tune_adapter,
-    tune_all,
-    tune_embedding,
-    tune_ticket,
     untested_ticket,
 )
 
@@ -64,7 +60,7 @@ class Comparison:
     recipe: Recipe
     home: Path
     outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)  # by entry's key and seed
-    drawn: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # rows of a ticket, by key and seed
+    drawn: dict[tuple[Entry, int], list[int]] = field(default_factory=dict)  # rows of a ticket, by entry and seed
     shifts: dict[int, Shift] = field(default_factory=dict)  # what embed tuning with a seed shifted
 
 
@@ -77,15 +73,15 @@ def compare(recipe: Recipe, home: Path) -> None:
         (seed, entry) for seed in recipe.compare.seeds for entry in entries if seed in seeds_of(entry, recipe.compare)
     ]
     for number, (seed, entry) in enumerate(jobs, 1):
-        logger.info(f"entry {number} of {len(jobs)}: {stage_name(entry.key)}, seed {seed}")
+        logger.info(f"entry {number} of {len(jobs)}: {label_of(entry.key)}, seed {seed}")
         outcome = _outcome(comparison, entry, seed)
         comparison.outcomes.setdefault(entry.key, {})[seed] = outcome
         if "missing" in outcome:
-            logger.warning(f"{stage_name(entry.key)}, seed {seed}: {outcome['missing']}")
+            logger.warning(f"{label_of(entry.key)}, seed {seed}: {outcome['missing']}")
         gc.collect()  # the model of a run must be gone before the next one is loaded
     distributed.run_on_rank0(lambda: finish(recipe, home, comparison.outcomes))
     failed = [
-        f"{stage_name(key)} (seed {seed})"
+        f"{label_of(key)} (seed {seed})"
         for key, by_seed in comparison.outcomes.items()
         for seed, outcome in by_seed.items()
         if outcome.get("failed")
@@ -100,8 +96,8 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     """What came of an entry: found, run now, or missing for a reason."""
     recipe, home = comparison.recipe, comparison.home
     num_rows = None
-    if entry.needs_embed:
-        embedded = comparison.outcomes["embed_tuning"][seed]
+    if entry.spec.needs_embed:
+        embedded = comparison.outcomes[Stage.EMBED_TUNING][seed]
         if "missing" in embedded:
             return {"missing": "embed tuning with this seed did not succeed, and its rows are needed", "failed": True}
         if seed not in comparison.shifts:
@@ -109,8 +105,8 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
                 lambda: load_shift(home / embedded["folder"] / "checkpoints" / DRAW_FILE)
             )
         shift = comparison.shifts[seed]
-        if entry.method in (*OF_ALPHA, "top_k"):
-            draw = entry.recipe(recipe, home, seed, rows_of_controls(recipe, shift)).draw
+        draw = entry.recipe(recipe, home, seed, rows_of_controls(recipe, shift)).draw
+        if "count_V" in RULES[draw.selection].inputs:  # known before the run, from the KS test alone
             ids = ids_of_draw(shift, draw, seed=seed, frequency_V=torch.zeros(len(shift.count_V))).tolist()
             if not ids:
                 return {"missing": explain_empty(shift, draw.alpha, draw.method), "empty": True}
@@ -121,7 +117,7 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     folder = Path(wanted.run_dir)
     outcome = distributed.run_on_rank0(lambda: _found(entry, folder, wanted, Path(recipe.run_dir), home))
     if outcome is not None:
-        logger.info(f"{stage_name(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
+        logger.info(f"{label_of(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
         return outcome
     try:
         _run_entry(comparison, entry, seed, wanted)
@@ -137,11 +133,11 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
 def _drawn_before(comparison: Comparison, entry: Entry, seed: int, ids: list[int]) -> str | None:
     """The key of an entry that has done the same with the same rows: counts are integers, so two levels can draw alike."""
     same = [
-        key
-        for (key, of_seed), others in comparison.drawn.items()
-        if of_seed == seed and others == ids and key.startswith("partial_transfer") == (entry.method == "transfer")
+        other.key
+        for (other, of_seed), others in comparison.drawn.items()
+        if of_seed == seed and others == ids and other.stage is entry.stage
     ]
-    comparison.drawn[entry.key, seed] = ids
+    comparison.drawn[entry, seed] = ids
     return same[0] if same else None
 
 
@@ -171,21 +167,10 @@ def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) 
         distributed.run_on_rank0(lambda: _check_same_model(comparison, run.dir))
         score_copying(run)
         shard = RowShard(run.model.get_input_embeddings().weight)
-        if entry.method == "untuned":
-            evaluate_stage(run, entry.stage, trained_parameters=0)
-        elif entry.method == "embed":
-            tune_embedding(run, shard, shard.read())
-        elif entry.method == "full":
-            tune_all(run)
-        elif entry.method in ("lora", "prefix"):
-            tune_adapter(run)
-        elif entry.method == "transfer":
-            ticket = _ticket(comparison, entry, seed, run, shard)
+        ticket = _ticket(comparison, entry, seed, run, shard) if entry.spec.rows else None
+        if ticket is not None and entry.stage is Stage.PARTIAL_TRANSFER:
             save_ticket(run, ticket, run.dir / "ticket")
-            shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-            evaluate_stage(run, entry.stage, trained_parameters=ticket.rows_KD.numel(), tuned=run.dir / "ticket")
-        else:
-            tune_ticket(run, shard, _ticket(comparison, entry, seed, run, shard))
+        run_stage(run, entry.stage, shard, ticket)
 
 
 def _check_same_model(comparison: Comparison, run_dir: Path) -> None:
@@ -206,7 +191,7 @@ def _ticket(comparison: Comparison, entry: Entry, seed: int, run: RunContext, sh
     """The rows of an entry, with the values that embed tuning gave them; a single row's are the base model's."""
     frequency_V = token_frequency(run)
     draw = run.recipe.draw
-    if entry.method in ONE_ROW:
+    if entry.spec.rows is Rows.SINGLE:
         return untested_ticket(
             run,
             shard,
@@ -216,7 +201,7 @@ def _ticket(comparison: Comparison, entry: Entry, seed: int, run: RunContext, sh
         )
     shift = comparison.shifts[seed]
     ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
-    embedded = comparison.home / comparison.outcomes["embed_tuning"][seed]["folder"]
+    embedded = comparison.home / comparison.outcomes[Stage.EMBED_TUNING][seed]["folder"]
     rows_KD = distributed.run_on_rank0(lambda: _embed_tuned_rows(embedded, ids_K))
     return make_ticket(
         shift,
@@ -258,7 +243,7 @@ def rows_of_controls(recipe: Recipe, shift: Shift) -> int:
 
 
 def _embed_tuned_rows(folder: Path, ids_K: Tensor) -> Tensor:
-    tuned = ModelFolder(folder / "checkpoints" / "embed_tuning")
+    tuned = ModelFolder(folder / "checkpoints" / Stage.EMBED_TUNING)
     return tuned.read_ids(tuned.embedding_name, ids_K.tolist()).float()
 
 

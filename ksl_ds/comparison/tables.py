@@ -18,12 +18,13 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.report.html import known, learned_to_stop
-from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size, stage_name
+from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size
 
 LEVEL = 0.05
 MIN_SENTENCES = 30  # of a test text that resampling can say something about
-BASELINES = ("embed_tuning", "full_tuning", "untuned")
+BASELINES = (Stage.EMBED_TUNING, Stage.FULL_TUNING, Stage.UNTUNED)
 WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
 SPREAD_NOTE = "± is the standard deviation over {} seeds."
 Results = Mapping[str, Any]  # a whole results.json
@@ -63,7 +64,7 @@ def score_table(results: Results) -> Table:
         if key == "trained_parameters":
             columns.append(Column("tuned file", optional=True))
     rows = [
-        [stage_name(key), *_cells({} if key in missing_entries(comparison) else shown)]
+        [label_of(key), *_cells({} if key in missing_entries(comparison) else shown)]
         for key, shown in (results["baselines"] | {key: stages.get(key, {}) for key in comparison["order"]}).items()
     ]
     notes = list(STAGE_NOTES)
@@ -95,11 +96,11 @@ def exceptions(comparison: Mapping[str, Any]) -> list[str]:
         for seed, run in comparison["runs"][key].items():
             reason = run.get("missing")
             if reason is None and "same_as" in run:
-                reason = f"the same rows as {stage_name(run['same_as'])}, hence the same run"
+                reason = f"the same rows as {label_of(run['same_as'])}, hence the same run"
             if reason is not None:
                 by_reason.setdefault(reason, {}).setdefault(key, []).append(seed)
     return [
-        f"{', '.join(f'{stage_name(key)} ({_seeds(seeds)})' for key, seeds in keys.items())}: {reason.rstrip('.')}."
+        f"{', '.join(f'{label_of(key)} ({_seeds(seeds)})' for key, seeds in keys.items())}: {reason.rstrip('.')}."
         for reason, keys in by_reason.items()
     ]
 
@@ -108,7 +109,7 @@ def _seeds(seeds: list[str]) -> str:
     return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}"
 
 
-def baselines_tested(comparison: Mapping[str, Any]) -> list[str]:
+def baselines_tested(comparison: Mapping[str, Any]) -> list[Stage]:
     return [name for name in BASELINES if name in comparison["tests"]]
 
 
@@ -139,7 +140,8 @@ def difference_table(results: Results) -> Table:
     baselines = baselines_tested(comparison)
     columns = [Column("", numeric=False), Column("BLEU, 95 % interval")]
     for baseline in baselines:
-        name, side = stage_name(baseline), baseline == "untuned"
+        name = label_of(baseline)
+        side = baseline is Stage.UNTUNED
         columns += [Column(f"against {name}", optional=side), Column("p", optional=side)]
         columns += [Column("on first lines", optional=True), Column("p", optional=True)]
     rows = []
@@ -147,7 +149,7 @@ def difference_table(results: Results) -> Table:
         if key in missing_entries(comparison):
             continue
         bounds = interval(comparison, key)
-        cells = [stage_name(key), DASH if bounds is None else f"{max(0.0, bounds[0]):.1f} to {bounds[1]:.1f}"]
+        cells = [label_of(key), DASH if bounds is None else f"{max(0.0, bounds[0]):.1f} to {bounds[1]:.1f}"]
         for baseline in baselines:
             tests = comparison["tests"][baseline].get(key)
             for text in ("whole", "first_line"):
@@ -178,10 +180,10 @@ def readings(results: Results) -> list[str]:
             groups: dict[str, list[str]] = {"above": [], "not different": [], "below": []}
             for key in comparison["order"]:
                 tests = comparison["tests"][baseline].get(key)
-                if key == baseline or key in BASELINES[2:] or tests is None:
+                if key in (baseline, Stage.UNTUNED) or tests is None:
                     continue
                 mean, _, significant = difference(tests, text)
-                groups["not different" if not significant else "above" if mean > 0 else "below"].append(stage_name(key))
+                groups["not different" if not significant else "above" if mean > 0 else "below"].append(label_of(key))
             said = [
                 f"{'no significant difference' if group == 'not different' else f'significantly {group} it'}: "
                 f"{', '.join(names)}"
@@ -189,23 +191,24 @@ def readings(results: Results) -> list[str]:
                 if names
             ]
             if said:
-                sentences.append(f"{name} against {stage_name(baseline)}: {'; '.join(said)}.")
+                sentences.append(f"{name} against {label_of(baseline)}: {'; '.join(said)}.")
     if not comparison["tests"]:
         sentences.append(f"With fewer than {MIN_SENTENCES} test sentences no bootstrap says anything: none was made.")
-    stages, untuned = results["stages"], results["stages"].get("untuned", {})
-    trained = [key for key in comparison["order"] if key in stages and key != "untuned"]
+    stages = results["stages"]
+    untuned = stages.get(Stage.UNTUNED, {})
+    trained = [key for key in comparison["order"] if key in stages and key != Stage.UNTUNED]
     sentences += [
-        f"{stage_name(key)}: learned to stop. {stopping}"
+        f"{label_of(key)}: learned to stop. {stopping}"
         for key in trained
         if (stopping := learned_to_stop(stages[key], untuned))
     ]
-    copying = results["baselines"].get("copying_source", {})
+    copying = results["baselines"].get(Stage.COPYING_SOURCE, {})
     for what, other, sign, digits, worse in (
         ("chrf", copying, 1, 1, "chrF++ not above that of copying the source"),
         ("test_loss", untuned, -1, 3, "test loss not below the untuned model's"),
     ):
         names = [
-            stage_name(key)
+            label_of(key)
             for key in trained
             if known(stages[key], other, what) and sign * stages[key][what] <= sign * other[what]
         ]

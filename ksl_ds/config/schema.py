@@ -7,12 +7,17 @@ The help of a key is its description and its range is part of its type; `ksl-ds 
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from ksl_ds.config.methods import METHODS, TUNED
+from ksl_ds.lottery.selection import RULES
 
 PACKAGE_DIR = Path(__file__).parent.parent
 MISSING = "???"  # of a key that must be given
@@ -46,8 +51,28 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0.001, le=10**6)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _one_of(names: Iterable[str]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            near = difflib.get_close_matches(value, names, n=1)
+            raise ValueError(f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
+
+
 Prose = Annotated[str, AfterValidator(_utf8)]
 Line = Annotated[Prose, AfterValidator(_one_line)]
+Selection = Annotated[Line, _one_of(RULES)]
+TunedMethod = Annotated[Line, _one_of(TUNED)]
+ComparedMethod = Annotated[Line, _one_of(METHODS)]
+CONTROLS = [rule.name for rule in RULES.values() if rule.is_control]
+
+
+def _rules_help() -> str:
+    return ", ".join(f"{rule.name} ({rule.label})" for rule in RULES.values())
 
 
 def key(default: Any, text: str) -> Any:
@@ -160,14 +185,12 @@ class EarlyStopping:
 
 @dataclass(config=STRICT)
 class Draw:
-    selection: Literal[
-        "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio"
-    ] = key("alpha", "how rows are chosen: by p < alpha, by largest D (top_k), corrected for many tests, or a control")
+    selection: Selection = key("alpha", f"how rows are chosen: {_rules_help()}")
     alpha: Alpha = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
     method: Literal["exact", "asymp"] = key(
         "exact", "p-value: exact, or asymp as scipy and replications of the paper use"
     )
-    top_k: Count = key(18, "rows taken by top_k and by the controls frequency, random, shift_norm, shift_ratio")
+    top_k: Count = key(18, f"rows taken by {', '.join(CONTROLS)}")
     every: Count | None = key(None, "draw every so many steps of embed tuning too, to watch the ticket settle")
     early_stopping: EarlyStopping | None = key(
         None, "end embed tuning when the ticket has settled, such as {overlap: 0.95, draws: 3}; needs draw.every"
@@ -203,24 +226,16 @@ class Tracking:
     name: Line | None = key(None, "wandb run name; empty: the run folder's name")
 
 
-# What `compare` runs, in the order of its table; `compare.methods` chooses among them.
-METHODS = (
-    "untuned", "full", "embed", "transfer", "ticket",
-    "top_k", "frequency", "random", "shift_norm", "shift_ratio",
-    "newline", "bos", "first_prompt_token", "lora", "prefix",
-)  # fmt: skip
-NOT_BY_DEFAULT = ("top_k", "bos", "first_prompt_token")
-NEEDS_EMBED = ("transfer", "ticket", "top_k", "frequency", "random", "shift_norm", "shift_ratio")
-
-
 @dataclass(config=STRICT)
 class Compare:
-    methods: list[Line] = key(
-        [name for name in METHODS if name not in NOT_BY_DEFAULT],
+    methods: list[ComparedMethod] = key(
+        [
+            "untuned", "full", "embed", "transfer", "ticket", "frequency", "random", "shift_norm", "shift_ratio", "newline",
+            "lora", "prefix",
+        ],
         "what to compare: untuned, full, embed, transfer and ticket (rows with p < alpha, for each of compare.alphas), "
-        "controls with as many rows (top_k, frequency, random, shift_norm, shift_ratio), one row (newline, bos or "
-        "first_prompt_token), lora, prefix",
-    )
+        f"controls with as many rows ({', '.join(CONTROLS)}), one row (newline, bos or first_prompt_token), lora, prefix",
+    )  # fmt: skip
     alphas: list[Alpha] = key([0.05, 0.25, 0.5], "levels of the tickets")
     seeds: list[Seed] = key([0, 1], "every method is trained once with each: another order of the same training text")
     rows: Count | None = key(
@@ -286,7 +301,7 @@ class Recipe:
     tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
     checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
     compare: Compare = key(Compare, "what `compare` puts side by side")
-    method: Literal["embed", "full", "ticket", "lora", "prefix"] = key("embed", "what `tune` trains")
+    method: TunedMethod = key("embed", f"what `tune` trains: {', '.join(TUNED)}")
     ticket: Line | None = key(None, "ticket folder, for `tune method=ticket`, for `evaluate` and for `certify`")
     reference: Line | None = key(None, "folder of the embed-tuned model, for `certify`")
 
@@ -303,10 +318,10 @@ class DrawCommand:
     before: Line = key(MISSING, "model folder before tuning")
     after: Line = key(MISSING, "model folder after tuning")
     out: Line = key(MISSING, "ticket folder to create")
-    selection: Line = key("alpha", "as draw.selection in a recipe")
+    selection: Selection = key("alpha", "as draw.selection in a recipe")
     alpha: Alpha = key(0.05, "significance level of one token's test")
     method: Literal["exact", "asymp"] = key("exact", "p-value: exact, or scipy's asymp")
-    top_k: Count = key(18, "rows taken by top_k and by the controls")
+    top_k: Count = key(18, "as draw.top_k in a recipe")
     seed: Seed = key(0, "of selection=random")
     embedding_scope: Literal["input", "shared"] = key("input", "recorded in the ticket: whether a tied head moves too")
     verbose: bool = key(False, "show what libraries log")

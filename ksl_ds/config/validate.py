@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from ksl_ds.config.schema import METHODS, NEEDS_EMBED, Compare, Recipe
+from ksl_ds.config.methods import METHODS, TUNING_SECTIONS
+from ksl_ds.config.schema import Compare, Recipe
 from ksl_ds.errors import UserError
-
-TUNINGS = ("embed_tuning", "partial_tuning", "full_tuning", "lora", "prefix")
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Checks across values that types cannot express. Raises UserError naming the key."""
-    for name in TUNINGS:
+    for name in TUNING_SECTIONS.values():
         betas = getattr(recipe, name).betas
         if len(betas) != 2:
             raise UserError(f"{name}.betas is {betas}; it takes two numbers")
@@ -28,13 +26,6 @@ def check_compare(compare: Compare) -> None:
     for name, values in lists.items():
         if len(set(values)) < len(values) or not values:
             raise UserError(f"compare.{name} is {values}; it must name something, and nothing twice")
-    for method in compare.methods:
-        if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, n=1)
-            raise UserError(
-                f"compare.methods has {method!r}; "
-                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}")
-            )
-    shifted = [name for name in NEEDS_EMBED if name in compare.methods]
+    shifted = [name for name in compare.methods if METHODS[name].needs_embed]
     if shifted and "embed" not in compare.methods:
         raise UserError(f"compare.methods has {shifted[0]}, whose rows are those that embed tuning shifts; add embed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,38 @@ import torch
 
 from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe
+from ksl_ds.config.methods import ADAPTERS
 from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import MethodCost, ModelDims, Zero
 from ksl_ds.lottery.ticket import measure_shift
-from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing, with_adapter
+from ksl_ds.model.adapters import adapter_config, enable_checkpointing, with_adapter
 from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, model_config, step_bytes
 from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.sharding.engine import TORCH_DTYPE, linear_of_stage, read_config
 
-METHODS = ("full", "embed", "ticket, hooks", "ticket, rows", "lora", "prefix")
+
+class Estimated(str, Enum):
+    """What is estimated: the methods that train, a ticket's in each mode; the value is the label in tables."""
+
+    FULL = "full"
+    EMBED = "embed"
+    TICKET_HOOKS = "ticket, hooks"
+    TICKET_ROWS = "ticket, rows"
+    LORA = "lora"
+    PREFIX = "prefix"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Estimated:
+        """What a recipe's `method` is here."""
+        if recipe.method == "ticket":
+            return {"hooks": cls.TICKET_HOOKS, "rows": cls.TICKET_ROWS}[recipe.partial_tuning.mode]
+        return cls(recipe.method)
+
+
 RESERVED = 3 << 29  # 1.5 GiB of a GPU: CUDA's context, NCCL's buffers
 TIMED_ROWS = 256
 
@@ -63,9 +86,9 @@ class Plan:
     def embedding(self) -> MethodCost:
         """Embed tuning without a dry run: what a draw costs follows from the embedding alone."""
         weight = self.meta_model().get_input_embeddings().weight
-        return MethodCost("embed", [weight.numel()], [], 0, snapshots=True)
+        return MethodCost(Estimated.EMBED, [weight.numel()], [], 0, snapshots=True)
 
-    def method(self, name: str, *, checkpointing: bool) -> MethodCost:
+    def method(self, name: Estimated, *, checkpointing: bool) -> MethodCost:
         """What method `name` trains, and the peak of its dry run. Raises UserError where the architecture has no such."""
         model = self.meta_model()
         if checkpointing:
@@ -91,22 +114,22 @@ class Plan:
             recipe = copy.deepcopy(self.recipe)
             recipe.training.gradient_checkpointing = checkpointing
             model = with_adapter(model, adapter_config(self.config, recipe, name))
-        elif name != "full":
+        elif name is not Estimated.FULL:
             model.requires_grad_(False)
-        if name in ("embed", "ticket, hooks"):
+        if name in (Estimated.EMBED, Estimated.TICKET_HOOKS):
             model.get_input_embeddings().weight.requires_grad_(True)
-        if name == "ticket, hooks":
+        if name is Estimated.TICKET_HOOKS:
             model.get_input_embeddings().weight.register_hook(torch.zeros_like)
         again = frozen_in_layers(model) if checkpointing and self.zero.stage == 3 else 0
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
-        if name == "ticket, rows":
+        if name is Estimated.TICKET_ROWS:
             width = model.get_input_embeddings().weight.shape[1]
             rows = TicketRows(model, torch.arange(self.ticket_rows), torch.empty(self.ticket_rows, width))
             method = MethodCost(name, [rows.delta_KD.numel()], frozen, **passes(), gathered_again=again)
             rows.remove()
             return method
-        return MethodCost(name, trained, frozen, **passes(), snapshots=name == "embed", gathered_again=again)
+        return MethodCost(name, trained, frozen, **passes(), snapshots=name is Estimated.EMBED, gathered_again=again)
 
 
 def frozen_in_layers(model: Any) -> int:

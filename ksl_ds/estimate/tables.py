@@ -7,8 +7,8 @@ from ksl_ds.config.schema import EstimateCommand
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import MethodCost, ModelDims, Needs, Zero, fits, min_ranks, rank_needs
 from ksl_ds.estimate.plan import (
-    METHODS,
     RESERVED,
+    Estimated,
     Plan,
     seconds_of_a_row,
 )
@@ -22,10 +22,10 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     training, zero = plan.training(), plan.zero
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
     memory_rows, traffic_rows = [], []
-    with distributed.progress([(name, at) for name in METHODS for at in (False, True)], "dry runs") as cases:
+    with distributed.progress([(name, at) for name in Estimated for at in (False, True)], "dry runs") as cases:
         found = {case: _method_or_problem(plan, *case) for case in cases}
     total = sum(parameter.numel() for parameter in plan.meta_model().parameters())
-    for name in METHODS:
+    for name in Estimated:
         cases_of_name = [found[name, checkpointing] for checkpointing in (False, True)]
         possible = [method for method in cases_of_name if isinstance(method, MethodCost)]
         if not possible:
@@ -107,7 +107,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     return [memory_table, traffic_table]
 
 
-def _method_or_problem(plan: Plan, name: str, checkpointing: bool) -> MethodCost | str:
+def _method_or_problem(plan: Plan, name: Estimated, checkpointing: bool) -> MethodCost | str:
     try:
         return plan.method(name, checkpointing=checkpointing)
     except UserError as error:

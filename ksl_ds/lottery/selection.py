@@ -1,29 +1,104 @@
 """Which rows a test draws, and the controls that it is compared with. Pure functions of vectors over the vocabulary.
 
-All return ascending token ids, int64. Rows that did not move are never drawn by a rule that looks at movement, even when
-fewer than k have moved: training them is what a ticket promises not to need.
+A rule is a function `select_NAME` with the decorator `rule`. Its parameters say what it looks at; `choose_rows` (shift.py)
+passes these. Recipes, `ksl-ds draw`, help texts and, for controls, `compare` know a rule as soon as it is defined here:
+
+    count_V, num_samples     int32 (V,) counts k of the KS test and the row width d: D = k / d
+    shift_norm_V             float32 (V,) lengths of after - before
+    shift_ratio_V            the same over the lengths before
+    frequency_V              int64 (V,) how often each token occurs in the training text
+    alpha, method            level of one test, and how its p-value is computed
+    top_k                    number of rows to take
+    vocab_size, seed
+
+All return ascending token ids, int64 (K,). Rows that did not move are never drawn by a rule that looks at movement, even when
+fewer than `top_k` have moved: training them is what a ticket promises not to need.
+
+torch is imported in the functions, so that `--help` lists the rules without waiting for it.
 
 Legend: V tokens, K drawn rows.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ksl_ds.lottery.pvalues import PValueMethod
 
 
+@dataclass(frozen=True)
+class Rule:
+    """A selection rule.
+
+    Attributes
+    ----------
+    name : str
+        As `draw.selection` in a recipe.
+    key : str
+        Of a comparison's entry with these rows, in results.json.
+    label : str
+        What it draws, for tables.
+    select : function
+        Returns the token ids.
+    inputs : frozenset of str
+        Names of the parameters of `select`.
+    """
+
+    name: str
+    key: str
+    label: str
+    select: Callable[..., Any]
+    inputs: frozenset[str]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it takes a given number of rows, so that it can be compared with a ticket of that size."""
+        return "top_k" in self.inputs
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(label: str, key: str = "") -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Registers a function `select_NAME` as the selection rule NAME; `key` is `rows_by_NAME` where none is given."""
+
+    def register(select: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = select.__name__.removeprefix("select_")
+        RULES[name] = Rule(
+            name, key or f"rows_by_{name}", label, select, frozenset(inspect.signature(select).parameters)
+        )
+        return select
+
+    return register
+
+
+@rule("rows with p < alpha")
 def select_alpha(count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact") -> Tensor:
     """The method's own rule: tokens with p < alpha."""
+    from ksl_ds.lottery.pvalues import critical_count
+
     return (count_V >= critical_count(num_samples, alpha, method)).nonzero().flatten()
 
 
+@rule("rows of largest D", key="rows_of_largest_D")
+def select_top_k(count_V: Tensor, top_k: int) -> Tensor:
+    """The rows of largest KS statistic; of equal ones at the cut, those of smaller id."""
+    return _largest(count_V, top_k)
+
+
+@rule("rows with p < alpha, Bonferroni")
 def select_bonferroni(count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact") -> Tensor:
     """Tokens with p < alpha / V: the chance of any wrong one is below alpha."""
     return select_alpha(count_V, num_samples, alpha / len(count_V), method)
 
 
+@rule("rows with p < alpha, Benjamini-Hochberg")
 def select_benjamini_hochberg(
     count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact"
 ) -> Tensor:
@@ -31,6 +106,10 @@ def select_benjamini_hochberg(
 
     Sorted ascending, p_(1) .. p_(V): all tokens up to the last i with p_(i) <= i * alpha / V.
     """
+    import torch
+
+    from ksl_ds.lottery.pvalues import pvalues
+
     pvalue_V = pvalues(count_V.cpu(), num_samples, method)
     ordered_V = pvalue_V.sort().values
     passing = (ordered_V <= torch.arange(1, len(ordered_V) + 1) * (alpha / len(ordered_V))).nonzero().flatten()
@@ -39,29 +118,30 @@ def select_benjamini_hochberg(
     return (pvalue_V <= ordered_V[passing[-1]]).nonzero().flatten()
 
 
-def select_top_k(count_V: Tensor, k: int) -> Tensor:
-    """The k tokens of largest KS statistic; of equal ones at the cut, those of smaller id."""
-    return _largest(count_V, k)
+@rule("rows by frequency")
+def select_frequency(frequency_V: Tensor, top_k: int) -> Tensor:
+    """Control: the tokens that occur most often; of equal ones at the cut, those of smaller id."""
+    return _largest(frequency_V, top_k)
 
 
-def select_frequency(frequency_V: Tensor, k: int) -> Tensor:
-    """Control: the k tokens that occur most often; of equal ones at the cut, those of smaller id."""
-    return _largest(frequency_V, k)
+@rule("rows at random", key="rows_at_random")
+def select_random(vocab_size: int, top_k: int, seed: int) -> Tensor:
+    """Control: tokens at random, the same for the same seed."""
+    import torch
+
+    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:top_k].sort().values
 
 
-def select_shift_norm(shift_norm_V: Tensor, k: int) -> Tensor:
-    """Control: the k rows that moved furthest, by the length of after - before."""
-    return _largest(shift_norm_V, k)
+@rule("rows by shift norm")
+def select_shift_norm(shift_norm_V: Tensor, top_k: int) -> Tensor:
+    """Control: the rows that moved furthest, by the length of after - before."""
+    return _largest(shift_norm_V, top_k)
 
 
-def select_shift_ratio(shift_ratio_V: Tensor, k: int) -> Tensor:
-    """Control: the k rows that moved furthest for their length."""
-    return _largest(shift_ratio_V, k)
-
-
-def select_random(vocab_size: int, k: int, seed: int) -> Tensor:
-    """Control: k tokens at random, the same for the same seed."""
-    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:k].sort().values
+@rule("rows by shift ratio")
+def select_shift_ratio(shift_ratio_V: Tensor, top_k: int) -> Tensor:
+    """Control: the rows that moved furthest for their length."""
+    return _largest(shift_ratio_V, top_k)
 
 
 def _largest(values_V: Tensor, k: int) -> Tensor:

@@ -19,13 +19,10 @@ from torch import Tensor
 
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_bytes
-from ksl_ds.lottery import selection as select
 from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
+from ksl_ds.lottery.selection import RULES
 
-SELECTIONS = (
-    "alpha", "top_k", "bonferroni", "benjamini_hochberg", "frequency", "random", "shift_norm", "shift_ratio",
-)  # fmt: skip
 SHIFT_TENSORS = ("count", "shift_norm", "shift_ratio")
 
 
@@ -136,27 +133,31 @@ def choose_rows(
     Raises
     ------
     ValueError
-        For an unknown selection, alpha outside (0, 1), or selection "frequency" without `frequency_V`.
+        For an unknown selection, alpha outside (0, 1), top_k that is no number of rows, or a rule by frequency without
+        `frequency_V`.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection is {selection!r}; it must be one of {', '.join(SELECTIONS)}")
+    if selection not in RULES:
+        raise ValueError(f"selection is {selection!r}; it must be one of {', '.join(RULES)}")
+    rule = RULES[selection]
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}; a significance level lies between 0 and 1, both excluded")
-    if selection in ("alpha", "bonferroni", "benjamini_hochberg"):
-        return getattr(select, f"select_{selection}")(shift.count_V, shift.num_samples, alpha, method)
-    if not 1 <= top_k <= len(shift.count_V):
+    if "top_k" in rule.inputs and not 1 <= top_k <= len(shift.count_V):
         raise ValueError(f"top_k is {top_k}; it must lie between 1 and the {len(shift.count_V)} rows of the embedding")
-    if selection == "frequency":
-        if frequency_V is None:
-            raise ValueError("selection frequency needs how often each token occurs in the training text")
-        return select.select_frequency(frequency_V, top_k)
-    if selection == "random":
-        return select.select_random(len(shift.count_V), top_k, seed)
-    if selection == "shift_norm":
-        return select.select_shift_norm(shift.shift_norm_V, top_k)
-    if selection == "shift_ratio":
-        return select.select_shift_ratio(shift.shift_ratio_V, top_k)
-    return select.select_top_k(shift.count_V, top_k)
+    if "frequency_V" in rule.inputs and frequency_V is None:
+        raise ValueError(f"selection {selection} needs how often each token occurs in the training text")
+    known = {
+        "count_V": shift.count_V,
+        "num_samples": shift.num_samples,
+        "shift_norm_V": shift.shift_norm_V,
+        "shift_ratio_V": shift.shift_ratio_V,
+        "vocab_size": len(shift.count_V),
+        "frequency_V": frequency_V,
+        "alpha": alpha,
+        "method": method,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    return rule.select(**{name: known[name] for name in rule.inputs})
 
 
 def explain_empty(shift: Shift, alpha: float, method: PValueMethod = "exact") -> str:

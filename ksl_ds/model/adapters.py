@@ -26,7 +26,6 @@ from ksl_ds.model.dry_run import first_line, meta_model
 from ksl_ds.sharding.engine import TORCH_DTYPE
 from ksl_ds.sharding.partition import gathered
 
-ADAPTERS = ("lora", "prefix")  # of the recipe's `method`
 ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the output head
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ksl_ds.config.methods import ADAPTERS
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.model.adapters import ADAPTERS, adapter_config, enable_checkpointing
+from ksl_ds.model.adapters import adapter_config, enable_checkpointing
 from ksl_ds.model.dry_run import first_line, meta_model
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
 

@@ -24,7 +24,7 @@ from ksl_ds import distributed
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import min_ranks, rank_needs
-from ksl_ds.estimate.plan import Plan, plan_of
+from ksl_ds.estimate.plan import Estimated, Plan, plan_of
 from ksl_ds.model.adapters import ALL_LINEAR
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.model.methods import prepare_method
@@ -238,8 +238,7 @@ def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | N
         if longest is not None:
             recipe.text.max_length, plan.response_length = longest
         training = plan.training()
-        name = f"ticket, {recipe.partial_tuning.mode}" if recipe.method == "ticket" else recipe.method
-        method = plan.method(name, checkpointing=recipe.training.gradient_checkpointing)
+        method = plan.method(Estimated.of(recipe), checkpointing=recipe.training.gradient_checkpointing)
     except UserError as error:
         checks.add("failed", "memory", str(error))
         return

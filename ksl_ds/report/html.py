@@ -22,12 +22,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ksl_ds import __version__
+from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.files import write_text
 from ksl_ds.report.page import PAGE, PARTS, STYLE
 from ksl_ds.report.plots import svg
-from ksl_ds.report.tables import Column, Table, in_order, memory, stage_name, stage_table, ticket_table
+from ksl_ds.report.tables import Column, Table, in_order, memory, stage_table, ticket_table
 
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
 
@@ -73,7 +74,7 @@ def samples_html(samples: Sequence[Mapping[str, Any]]) -> Markup:
     for sample in samples:
         stages = in_order({name: None for name in sample if name not in ("source", "reference")})
         # As the first-line score cuts it: leading line breaks do not count.
-        shown = [(stage_name(stage), *(sample[stage] or "").strip().partition("\n")[::2]) for stage in stages]
+        shown = [(label_of(stage), *(sample[stage] or "").strip().partition("\n")[::2]) for stage in stages]
         cards.append((sample["source"], sample["reference"], shown))
     return Markup(_parts.samples(cards))
 
@@ -83,9 +84,7 @@ def what_was_run(recipe: Recipe, pairs: Mapping[str, int], steps: Mapping[str, i
     text = recipe.text
     counted = ", ".join(f"{number:,} {part}" for part, number in pairs.items())
     trained = " and ".join(
-        f"{number:,} step{'' if number == 1 else 's'} of {stage_name(stage)}"
-        for stage, number in steps.items()
-        if number
+        f"{number:,} step{'' if number == 1 else 's'} of {label_of(stage)}" for stage, number in steps.items() if number
     )
     return (
         f"{recipe.model.path}, {text.source_language} to {text.target_language}, {counted} pairs"
@@ -97,10 +96,11 @@ def what_was_run(recipe: Recipe, pairs: Mapping[str, int], steps: Mapping[str, i
 def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the scores do and do not show, one sentence for each thing that a reader could miss."""
     sentences = []
-    untuned, copying = stages.get("untuned", {}), stages.get("copying_source", {})
+    untuned = stages.get(Stage.UNTUNED, {})
+    copying = stages.get(Stage.COPYING_SOURCE, {})
     for stage in in_order(stages):
-        scores, name = stages[stage], stage_name(stage)
-        if stage in ("untuned", "copying_source"):
+        scores, name = stages[stage], label_of(stage)
+        if stage in (Stage.UNTUNED, Stage.COPYING_SOURCE):
             continue
         if stopping := learned_to_stop(scores, untuned):
             sentences.append(f"{name}: {stopping}")

@@ -28,7 +28,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ksl_ds.report.tables import in_order, stage_name, visible
+from ksl_ds.config.methods import label_of
+from ksl_ds.report.tables import in_order, visible
 
 INK = "#24292f"  # replaced by currentColor in the SVG
 PALETTE = ["#2f80d0", "#d9730d", "#2f9e5f", "#a06cd5", "#d6457f", "#1f99a8", "#8a7a3a", "#7c8794"]
@@ -115,7 +116,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         for stage in stages:
             lines = [line for line in metrics if line["stage"] == stage]
             for axes, key in ((loss, "loss"), (rate, "learning_rate"), (norm, "gradient_norm")):
-                axes.plot(*_thin(*_series(lines, key)), color=colors[stage], label=stage_name(stage))
+                axes.plot(*_thin(*_series(lines, key)), color=colors[stage], label=label_of(stage))
             valid = _series(lines, "valid_loss")
             loss.plot(*valid, "o--", color=colors[stage], markersize=3.5, linewidth=0.9)
         if len(_series(metrics, "valid_loss")[0]):
@@ -253,7 +254,7 @@ def stage_bars(stages: Mapping[str, Mapping[str, Any]]) -> Figure:
         _bars(bleu, at - 0.2, 0.36, first_line, PALETTE[1], "first line", "{:.1f}")
         _bars(chrf, at, 0.6, [stages[name].get("chrf") for name in names], PALETTE[2], "chrF++", "{:.1f}")
         _bars(stop, at, 0.6, [stages[name].get("stop_rate") for name in names], PALETTE[3], "stop rate", "{:.2f}")
-        bleu.set_yticks(at, [_short(stage_name(name), 28) for name in names], parse_math=False)
+        bleu.set_yticks(at, [_short(label_of(name), 28) for name in names], parse_math=False)
         for axes, title in ((bleu, "BLEU"), (chrf, "chrF++"), (stop, "stop rate")):
             axes.set_title(title)
             axes.margins(x=0.18)

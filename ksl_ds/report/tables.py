@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ksl_ds import distributed
+from ksl_ds.config.methods import Stage, label_of
 
 DASH = "–"
 FILE_WIDTH = 100  # at least, when the output is not a terminal
@@ -161,8 +162,6 @@ STAGE_COLUMNS: list[tuple[Column, str, Callable[[Any], str]]] = [
     (Column("training time", optional=True), "seconds", duration),
     (Column("peak memory", optional=True), "peak_memory_bytes", memory),
 ]
-STAGE_ORDER = ["copying_source", "untuned", "full_tuning", "embed_tuning", "partial_transfer", "partial_tuning"]
-STAGE_NAMES = {"copying_source": "copying the source"}
 STAGE_NOTES = [
     "first-line BLEU: each translation cut at its first line break. stop rate: share of translations that end by "
     "themselves. output length: tokens.",
@@ -171,13 +170,9 @@ STAGE_NOTES = [
 
 
 def in_order(stages: Mapping[str, Any]) -> list[str]:
-    """The stages' keys: those of the method in its order, then any others as they come."""
-    return [name for name in STAGE_ORDER if name in stages] + [name for name in stages if name not in STAGE_ORDER]
-
-
-def stage_name(stage: str) -> str:
-    """A stage's key as people read it."""
-    return STAGE_NAMES.get(stage, stage.replace("_", " "))
+    """The stages' keys in the order of `Stage`, then any others as they come."""
+    known = [stage.value for stage in Stage]
+    return [name for name in known if name in stages] + [name for name in stages if name not in known]
 
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]], title: str = "Scores on the held-out text") -> Table:
@@ -186,7 +181,7 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]], title: str = "Scores on
         title,
         [Column("", numeric=False), *(column for column, _, _ in STAGE_COLUMNS)],
         [
-            [stage_name(stage), *(show(stages[stage].get(key)) for _, key, show in STAGE_COLUMNS)]
+            [label_of(stage), *(show(stages[stage].get(key)) for _, key, show in STAGE_COLUMNS)]
             for stage in in_order(stages)
         ],
         list(STAGE_NOTES),

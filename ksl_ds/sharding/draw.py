@@ -18,6 +18,7 @@ from ksl_ds import distributed
 from ksl_ds.config.schema import Draw
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ks import row_counts
+from ksl_ds.lottery.selection import RULES
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, make_ticket, measure_shift
 from ksl_ds.sharding.rows import RowShard, Traffic
 
@@ -157,7 +158,7 @@ class DrawMonitor:
         if self._draw.every is None or step % self._draw.every:
             return {}, False
         started, moved = time.perf_counter(), dataclasses.replace(self._shard.traffic)
-        lengths = self._draw.selection in ("shift_norm", "shift_ratio")
+        lengths = bool(RULES[self._draw.selection].inputs & {"shift_norm_V", "shift_ratio_V"})
         shift = sharded_shift(self._shard, self._before_RD, lengths=lengths)
         ids_K = ids_of_draw(shift, self._draw, seed=self._seed, frequency_V=self._frequency_V)
         ticket = set(ids_K.tolist())

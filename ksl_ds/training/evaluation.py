@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ksl_ds import distributed
+from ksl_ds.config.methods import Stage
 from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of
 from ksl_ds.text.scores import Scores, score, write_translations
 from ksl_ds.text.translate import translate
@@ -35,7 +36,7 @@ def evaluation_model(run: RunContext) -> Iterator[tuple[nn.Module, bool]]:
 
 def evaluate_stage(
     run: RunContext,
-    stage: str,
+    stage: Stage,
     *,
     trained_parameters: int,
     outcome: TrainingStats | None = None,
@@ -53,8 +54,9 @@ def evaluate_stage(
         return
     if outcome is None:
         distributed.reset_peak_memory()
-    evaluation, started = run.recipe.evaluation, time.perf_counter()
-    label = stage.replace("_", " ")
+    evaluation = run.recipe.evaluation
+    started = time.perf_counter()
+    label = stage.label
     with evaluation_model(run) as (module, partitioned):
         loss = corpus_loss(module, run.model, run.examples["test"], run.pad_id, evaluation.batch_size)
         translations = translate(
@@ -121,4 +123,4 @@ def score_copying(run: RunContext) -> None:
     copied = score(
         sources, [pair.target for pair in pairs], [True] * len(pairs), lengths, run.recipe.evaluation.tokenize
     )
-    run.results["baselines"]["copying_source"] = {"trained_parameters": 0, "test_loss": None, **asdict(copied)}
+    run.results["baselines"][Stage.COPYING_SOURCE] = {"trained_parameters": 0, "test_loss": None, **asdict(copied)}

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ksl_ds import distributed
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Tuning
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.model.row_parameter import TicketRows
@@ -77,7 +78,7 @@ def train(
     run: RunContext,
     parameters: list[nn.Parameter],
     *,
-    stage: str,
+    stage: Stage,
     tuning: Tuning,
     at_end: Callable[[], Result],
     monitor: DrawMonitor | None = None,
@@ -117,7 +118,7 @@ def train(
             _resume(run, stage, checkpoints, state, outcome, monitor)
         started -= outcome.seconds
         remaining = range(outcome.steps, outcome.steps if outcome.settled else outcome.planned_steps)
-        label = stage.replace("_", " ")
+        label = stage.label
         with distributed.progress(remaining, label, total=outcome.planned_steps, done=outcome.steps) as steps:
             for step in steps:
                 step_started = time.perf_counter()
@@ -208,7 +209,7 @@ def _validate(run: RunContext, engine: Any, outcome: TrainingStats, last: bool) 
 
 def _resume(
     run: RunContext,
-    stage: str,
+    stage: Stage,
     checkpoints: Checkpoints,
     state: TrainingState,
     outcome: TrainingStats,
@@ -221,7 +222,7 @@ def _resume(
             setattr(outcome, name, value)
         if monitor is not None:
             monitor.load_state_dict(saved["monitor"])
-        logger.info(f"{stage.replace('_', ' ')} goes on after step {outcome.steps} of {outcome.planned_steps}")
+        logger.info(f"{stage.label} goes on after step {outcome.steps} of {outcome.planned_steps}")
         run.results.setdefault("resumed", []).append(
             {
                 "stage": stage,

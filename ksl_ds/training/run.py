@@ -20,6 +20,7 @@ from typing import Any
 
 from ksl_ds import distributed
 from ksl_ds.config.load import differing_keys, load_recipe, save_recipe
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
@@ -74,7 +75,7 @@ class RunContext:
     def save_results(self) -> None:
         distributed.run_on_rank0(lambda: write_json(self.dir / "results.json", self.results))
 
-    def checkpoints(self, stage: str) -> Checkpoints:
+    def checkpoints(self, stage: Stage) -> Checkpoints:
         """The checkpoints within the training of a stage."""
         return Checkpoints(self.dir / "checkpoints" / f"{stage}_steps", self.recipe.checkpoint.keep_last)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ksl_ds import distributed
+from ksl_ds.config.methods import METHODS, TUNING_SECTIONS, Stage
 from ksl_ds.errors import UserError
 from ksl_ds.files import reason
 from ksl_ds.lottery.shift import load_shift, save_shift
@@ -49,12 +50,12 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
     """
     embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
     checkpoints = run.dir / "checkpoints"
-    if "embed_tuning" in run.stages:
+    if Stage.EMBED_TUNING in run.stages:
         return load_draw(run, shard)
     frequency_V = token_frequency(run)
 
     def at_end() -> tuple[Shift, Ticket]:
-        save_embedding(run, shard, checkpoints / "embed_tuning")
+        save_embedding(run, shard, checkpoints / Stage.EMBED_TUNING)
         shift, ticket = draw_from_shard(
             shard,
             before_RD,
@@ -63,18 +64,18 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
             frequency_V=frequency_V,
             tokens=token_strings(run.tokenizer, range(shard.num_rows)),
             embedding_scope=recipe.model.embedding_scope,
-            source={"stage": "embed_tuning", "base": recipe.model.path},
+            source={"stage": Stage.EMBED_TUNING, "base": recipe.model.path},
         )
         distributed.run_on_rank0(lambda: save_shift(shift, checkpoints / DRAW_FILE))
         if ticket.token_ids:
-            save_ticket(run, ticket, checkpoints / "partial_transfer")
+            save_ticket(run, ticket, checkpoints / Stage.PARTIAL_TRANSFER)
         return shift, ticket
 
     distributed.reset_peak_memory()
     outcome, drawn = train(
         run,
         [embedding],
-        stage="embed_tuning",
+        stage=Stage.EMBED_TUNING,
         tuning=recipe.embed_tuning,
         at_end=at_end,
         monitor=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
@@ -85,10 +86,10 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
         )
     evaluate_stage(
         run,
-        "embed_tuning",
+        Stage.EMBED_TUNING,
         trained_parameters=full_numel(embedding),
         outcome=outcome,
-        tuned=checkpoints / "embed_tuning",
+        tuned=checkpoints / Stage.EMBED_TUNING,
     )
     return drawn
 
@@ -98,7 +99,7 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
 
     Leaves the tuned rows in the model and, as a ticket, in `ticket/`.
     """
-    if "partial_tuning" in run.stages:
+    if Stage.PARTIAL_TUNING in run.stages:
         return
     tuning, ids_K = run.recipe.partial_tuning, torch.tensor(ticket.token_ids)
     base_KD = shard.read_rows(ids_K)
@@ -121,7 +122,7 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
         outcome, rows_KD = train(
             run,
             parameters,
-            stage="partial_tuning",
+            stage=Stage.PARTIAL_TUNING,
             tuning=tuning,
             at_end=tuned_rows,
             ticket_rows=ticket_rows,
@@ -130,41 +131,47 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
         trained_rows.remove()
     if tuning.mode == "rows":
         shard.write_rows(ids_K, rows_KD)
-    tuned = ticket.with_rows(rows_KD, stage="partial_tuning", steps=outcome.steps)
+    tuned = ticket.with_rows(rows_KD, stage=Stage.PARTIAL_TUNING, steps=outcome.steps)
     save_ticket(run, tuned, run.dir / "ticket")
-    evaluate_stage(run, "partial_tuning", trained_parameters=rows_KD.numel(), outcome=outcome, tuned=run.dir / "ticket")
+    evaluate_stage(
+        run, Stage.PARTIAL_TUNING, trained_parameters=rows_KD.numel(), outcome=outcome, tuned=run.dir / "ticket"
+    )
 
 
 def tune_all(run: RunContext) -> None:
     """Full tuning: every parameter trains. Leaves a model folder in `checkpoints/full_tuning`."""
-    if "full_tuning" in run.stages:
+    if Stage.FULL_TUNING in run.stages:
         return
-    parameters, out = list(run.model.parameters()), run.dir / "checkpoints" / "full_tuning"
+    parameters = list(run.model.parameters())
+    out = run.dir / "checkpoints" / Stage.FULL_TUNING
     with distributed.raise_on_all_ranks():
         run.folder.file_tensors(dict(run.folder.meta_model.named_parameters()))  # can what it trains be written?
     distributed.reset_peak_memory()
     outcome, _ = train(
         run,
         parameters,
-        stage="full_tuning",
+        stage=Stage.FULL_TUNING,
         tuning=run.recipe.full_tuning,
         at_end=lambda: save_model(run, out),
     )
-    evaluate_stage(run, "full_tuning", trained_parameters=sum(map(full_numel, parameters)), outcome=outcome, tuned=out)
+    evaluate_stage(
+        run, Stage.FULL_TUNING, trained_parameters=sum(map(full_numel, parameters)), outcome=outcome, tuned=out
+    )
 
 
 def tune_adapter(run: RunContext) -> None:
     """LoRA or prefix tuning by PEFT. Leaves PEFT's adapter folder in `checkpoints/`."""
     recipe = run.recipe
-    stage = {"lora": "lora", "prefix": "prefix_tuning"}[recipe.method]
+    stage = METHODS[recipe.method].stage
     if stage in run.stages:
         return
     torch.manual_seed(recipe.seed)  # of the adapter's first values, the same on every rank
     with distributed.raise_on_all_ranks():
         run.model = with_adapter(run.model, run.adapter)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    trained_parameters, out = sum(map(full_numel, parameters)), run.dir / "checkpoints" / stage
-    if recipe.method == "lora":
+    trained_parameters = sum(map(full_numel, parameters))
+    out = run.dir / "checkpoints" / stage
+    if stage is Stage.LORA:
         adapted = run.results["target_modules"] = target_modules(run.model)
         if run.adapter.target_modules == ALL_LINEAR:
             logger.info(
@@ -175,10 +182,43 @@ def tune_adapter(run: RunContext) -> None:
         run,
         parameters,
         stage=stage,
-        tuning=getattr(recipe, recipe.method),
+        tuning=getattr(recipe, TUNING_SECTIONS[stage]),
         at_end=lambda: save_adapter(run.model, out),
     )
     evaluate_stage(run, stage, trained_parameters=trained_parameters, outcome=outcome, tuned=out)
+
+
+def transfer_ticket(run: RunContext, shard: RowShard, ticket: Ticket, folder: Path) -> None:
+    """Partial transfer: the ticket's rows in the base model, which the model holds; nothing trains.
+
+    Leaves the rows in the model. `folder` is where the ticket lies.
+    """
+    shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
+    evaluate_stage(run, Stage.PARTIAL_TRANSFER, trained_parameters=ticket.rows_KD.numel(), tuned=folder)
+
+
+def run_stage(run: RunContext, stage: Stage, shard: RowShard, ticket: Ticket | None = None) -> None:
+    """Runs one stage from the base weights, which the model holds: trains, saves, scores. Done ones are left alone.
+
+    Parameters
+    ----------
+    shard : this rank's rows of the input embedding
+    ticket : for partial transfer, where it lies in the run's `ticket/`, and for partial tuning
+    """
+    if stage is Stage.UNTUNED:
+        evaluate_stage(run, stage, trained_parameters=0)
+    elif stage is Stage.EMBED_TUNING:
+        tune_embedding(run, shard, shard.read())
+    elif stage is Stage.FULL_TUNING:
+        tune_all(run)
+    elif stage in (Stage.LORA, Stage.PREFIX_TUNING):
+        tune_adapter(run)
+    elif ticket is None:
+        raise ValueError(f"{stage} needs a ticket")
+    elif stage is Stage.PARTIAL_TRANSFER:
+        transfer_ticket(run, shard, ticket, run.dir / "ticket")
+    else:
+        tune_ticket(run, shard, ticket)
 
 
 def load_draw(run: RunContext, shard: RowShard) -> tuple[Shift, Ticket]:
@@ -190,7 +230,7 @@ def load_draw(run: RunContext, shard: RowShard) -> tuple[Shift, Ticket]:
             raise UserError(f"{checkpoints / DRAW_FILE} is of another model; choose another run_dir")
         ids_K = ids_of_draw(shift, recipe.draw, seed=recipe.seed, frequency_V=token_frequency(run))
     if len(ids_K):
-        ticket = load_ticket(run, shard, str(checkpoints / "partial_transfer"))
+        ticket = load_ticket(run, shard, str(checkpoints / Stage.PARTIAL_TRANSFER))
         if ticket.token_ids != ids_K.tolist():
             raise UserError(
                 f"{checkpoints / 'partial_transfer'} is not the ticket that {checkpoints / DRAW_FILE} selects; restore "

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ksl_ds import distributed
+from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.errors import UserError
 from ksl_ds.files import read_text
 from ksl_ds.lottery.ks import critical_count
@@ -17,7 +18,7 @@ from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
 from ksl_ds.report.records import read_metrics
-from ksl_ds.report.tables import print_table, print_text, stage_name, stage_table, ticket_rows, ticket_table
+from ksl_ds.report.tables import print_table, print_text, stage_table, ticket_rows, ticket_table
 from ksl_ds.training.run import RunContext
 
 TOKENS_SHOWN = 40
@@ -165,12 +166,12 @@ def _samples(run: RunContext) -> list[dict[str, str]]:
                 f"{path} has {len(lines)} lines for {len(run.corpora['test'].pairs)} sentences; choose another run_dir"
             )
         for sample, line in zip(samples, lines[: len(samples)], strict=True):
-            sample[stage_name(stage)] = line
+            sample[label_of(stage)] = line
     return samples
 
 
 def _steps_saved(run: RunContext) -> list[str]:
-    stage = run.stages["embed_tuning"]
+    stage = run.stages[Stage.EMBED_TUNING]
     if stage["steps"] == stage["planned_steps"]:
         return []
     return [f"Embed tuning ended after {stage['steps']} of {stage['planned_steps']} steps: the ticket had settled."]

@@ -94,7 +94,7 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_one_failure_stops_nothing
         "partial_tuning_alpha_1e-15",
         "partial_tuning_alpha_0.5",
         "rows_by_frequency",
-        "one_row:_newline",
+        "one_row_newline",
         "lora",
     ]
     stages = results["stages"]
@@ -107,7 +107,7 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_one_failure_stops_nothing
     assert "learning_rate" in results["comparison"]["runs"]["lora"]["0"]["missing"]
     trained = {key: stage["trained_parameters"] for key, stage in stages.items()}
     assert trained["rows_by_frequency"] == trained["partial_tuning_alpha_0.5"] == trained["partial_transfer_alpha_0.5"]
-    assert trained["one_row:_newline"] == 32 < trained["partial_tuning_alpha_0.5"] < trained["embed_tuning"]
+    assert trained["one_row_newline"] == 32 < trained["partial_tuning_alpha_0.5"] < trained["embed_tuning"]
     losses = {key: stage["test_loss"] for key, stage in stages.items()}
     assert losses["embed_tuning"] < losses["partial_tuning_alpha_0.5"] + 1e-6 < losses["untuned"]
     tests = results["comparison"]["tests"]

@@ -73,7 +73,7 @@ def test_an_entrys_recipe_is_one_that_tune_takes_on_the_same_text_for_every_seed
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["compare.methods=[embed,tiket]"], "compare.methods has 'tiket'; did you mean ticket?"),
+        (["compare.methods=[embed,tiket]"], r"compare.methods is tiket; did you mean ticket\?"),
         (["compare.methods=[untuned,random]"], "compare.methods has random, .* add embed"),
         (["compare.seeds=[1,1]"], "compare.seeds is .*nothing twice"),
         (["compare.seeds=[-1]"], "compare.seeds is -1; it should be greater than or equal to 0"),
@@ -223,7 +223,7 @@ def test_without_embed_tuning_what_needs_it_fails_and_the_rest_goes_on(monkeypat
         UserError, match=r"2 of 4 entries failed: embed tuning \(seed 0\), partial tuning alpha 0.5 \(s"
     ):
         run_compare(recipe("compare.methods=[embed,ticket,newline,lora]", "compare.alphas=[.5]", "compare.seeds=0"))
-    assert ran == ["one_row:_newline", "lora"]
+    assert ran == ["one_row_newline", "lora"]
 
 
 class Tokenizer:

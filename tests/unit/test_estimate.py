@@ -15,7 +15,7 @@ from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import MethodCost, ModelDims, Zero, first_true, min_ranks, rank_needs
-from ksl_ds.estimate.plan import METHODS, Plan, plan_of
+from ksl_ds.estimate.plan import Estimated, Plan, plan_of
 from ksl_ds.model import dry_run
 from ksl_ds.model.dry_run import SHAPES_FILE, LiveBytes, meta_model, model_config, step_bytes
 
@@ -82,7 +82,7 @@ def test_live_bytes_counts_storages_while_they_live():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(Estimated))
 @pytest.mark.parametrize("length", [8, 96])
 def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, method, checkpointing, length):
     """At both ends: with short text the embedding's gradient is the peak, with long text the layers are."""
@@ -170,7 +170,7 @@ def test_the_command_as_typed(tmp_path):
     make_model_folder(tmp_path / "model", tied=True)
     words = ["estimate", "model", "gpus=4", "gpu_memory=2", "length=64", "network=100", "rows=3"]
     shown = succeeds(run("ksl-ds", *words, cwd=tmp_path)).stdout
-    for word in (*METHODS, "each of 4 GPUs of 2 GiB", "ticket of 3 rows", "Gbit/s", "A draw:", "checkpointed"):
+    for word in (*Estimated, "each of 4 GPUs of 2 GiB", "ticket of 3 rows", "Gbit/s", "A draw:", "checkpointed"):
         assert word in shown
 
 
