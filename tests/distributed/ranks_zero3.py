@@ -4,6 +4,7 @@ import torch
 
 from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Draw, EarlyStopping, Recipe
 from ksl_ds.sharding.draw import DrawMonitor
 from ksl_ds.sharding.engine import set_library_verbosity
@@ -34,7 +35,7 @@ with open_run(recipe) as run:
     def tune(after_step, at_end):
         shard.write(base_RD)
         return train(
-            run, [embedding], stage="embed_tuning", tuning=recipe.embed_tuning, at_end=at_end, monitor=after_step
+            run, [embedding], stage=Stage.EMBED_TUNING, tuning=recipe.embed_tuning, at_end=at_end, monitor=after_step
         )
 
     plain, moments = tune(count, states)
