@@ -84,6 +84,12 @@ COMMANDS = {
             "before=DIR after=DIR out=DIR [key=value ...]",
             "DrawCommand",
         ),
+        Command(
+            "scan",
+            "where fine-tuning moved the model: the KS test of every matrix of two checkpoints",
+            "before=DIR after=DIR out=DIR [alpha=.05] [rows=output|input]",
+            "ScanCommand",
+        ),
         Command("transfer", "write a model with a ticket's rows", "base=DIR ticket=DIR out=DIR", "TransferCommand"),
         Command("evaluate", "translate held-out text and score it", RECIPE_USAGE, "Recipe"),
         Command(

@@ -328,6 +328,20 @@ class DrawCommand:
 
 
 @dataclass(config=STRICT)
+class ScanCommand:
+    """`ksl-ds scan before=DIR after=DIR out=DIR`."""
+
+    before: Line = key(MISSING, "model folder before tuning")
+    after: Line = key(MISSING, "model folder after tuning, or the folder of a LoRA adapter, which is merged on the fly")
+    out: Line = key(MISSING, "folder to create: results.json, scan.safetensors, report.html")
+    alpha: Alpha = key(0.05, "significance level of one row's test")
+    rows: Literal["output", "input"] = key(
+        "output", "what a row of a matrix is: the weights of one output neuron, or those of one input"
+    )
+    verbose: bool = key(False, "show what libraries log")
+
+
+@dataclass(config=STRICT)
 class TransferCommand:
     """`ksl-ds transfer base=DIR ticket=DIR out=DIR`."""
 

@@ -223,17 +223,36 @@ class ModelFolder(Shards):
 
     def _check_names(self) -> None:
         """Every stored tensor has a place in the model, and every parameter a stored tensor."""
+        if self._unexpected_names:
+            raise UserError(
+                f"{self.path}: {len(self._unexpected_names)} tensors in the files have no place in a "
+                f"{self.config.model_type}, such as {min(self._unexpected_names)}; config.json describes another model"
+            )
+
+    @cached_property
+    def _unexpected_names(self) -> set[str]:
+        """Stored tensors that have no place in the model and that transformers does not expect to be left over either."""
         from transformers.utils.loading_report import LoadStateDictInfo
 
-        model = self.meta_model
         unplaced = {name for name, (target, _) in self._targets.items() if target is None}
         info = LoadStateDictInfo(set(), unplaced, set(), [], {}, set())
-        model._adjust_missing_and_unexpected_keys(info)
-        if info.unexpected_keys:
-            raise UserError(
-                f"{self.path}: {len(info.unexpected_keys)} tensors in the files have no place in a "
-                f"{model.config.model_type}, such as {min(info.unexpected_keys)}; config.json describes another model"
-            )
+        self.meta_model._adjust_missing_and_unexpected_keys(info)
+        return info.unexpected_keys
+
+    @cached_property
+    def buffer_names(self) -> set[str]:
+        """Stored tensors that no training changes: the model's buffers, and those that transformers ignores on loading."""
+        buffers = {name for name, _ in self.meta_model.named_buffers(remove_duplicate=False)}
+        return {
+            name
+            for name, (target, _) in self._targets.items()
+            if target in buffers or (target is None and name not in self._unexpected_names)
+        }
+
+    def parameter_name(self, stored_name: str) -> str:
+        """The model's name of a tensor that is stored as it is; the files' name of one that loading fuses or ignores."""
+        target, converted = self._targets[stored_name]
+        return stored_name if target is None or converted else target
 
     @cached_property
     def _conversions(self) -> list[Any]:

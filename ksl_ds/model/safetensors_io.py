@@ -24,7 +24,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 BLOCK_BYTES = 1 << 26
 
@@ -109,6 +110,12 @@ class Shards:
         if start >= stop:
             return torch.empty((0, *self.shape(name)[1:]), dtype=self.dtype(name))
         return self._slice(name)[start:stop]
+
+    def read_slices(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, cut along its first dimensions; nothing else is read. May be a mapped view."""
+        if not self.shape(name):  # a slice of a scalar does not exist
+            return self._file(self.shard_of[name]).get_tensor(name)
+        return self._slice(name)[slices]
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor; reads only the rows they lie in."""

@@ -1,0 +1,68 @@
+"""The figures of a scan; report/plots.py says what all figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ksl_ds.report.plots import INK, PALETTE, style
+
+OUTSIDE = "–"  # the row of tensors outside the layers
+# From nothing to the first colour, so that an empty cell has the page's ground, light or dark.
+COLORS = LinearSegmentedColormap.from_list(
+    "ksl_ds", [(*[int(PALETTE[0][at : at + 2], 16) / 255 for at in (1, 3, 5)], alpha) for alpha in (0.0, 0.85)]
+)
+
+
+def heat_map(
+    results: Mapping[str, Any],
+    value: Callable[[Mapping[str, Any]], float | None],
+    show: Callable[[float], str],
+    title: str,
+) -> Figure:
+    """A cell for each layer and module kind, with its value printed in it; the first row is outside the layers."""
+    kinds = list(results["kinds"])
+    layers = sorted({cell["layer"] for cell in results["cells"]}, key=lambda layer: -1 if layer is None else layer)
+    values = np.full((len(layers), len(kinds)), np.nan)
+    for cell in results["cells"]:
+        found = value(cell)
+        values[layers.index(cell["layer"]), kinds.index(cell["kind"])] = np.nan if found is None else found
+    with style():
+        figure = Figure(figsize=(1.2 + 0.55 * max(len(kinds), 6), 1.9 + 0.2 * len(layers)), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(values, cmap=COLORS, aspect="auto", vmin=0, vmax=np.nanmax(values, initial=0.0) or 1.0)
+        for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
+            axes.text(column, row, show(values[row, column]), ha="center", va="center", fontsize=6.5, color=INK)
+        axes.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(len(layers)), [OUTSIDE if layer is None else str(layer) for layer in layers])
+        axes.set(ylabel="layer", title=title)
+        axes.tick_params(length=0, labelsize=8)
+        axes.grid(False)
+    return figure
+
+
+def layer_profile(results: Mapping[str, Any]) -> Figure:
+    """By layer, all its rows together: share of rows by rule, and the median and largest shift ratio."""
+    layers = sorted((entry for entry in results["layers"] if entry["layer"] is not None), key=lambda one: one["layer"])
+    at = [entry["layer"] for entry in layers]
+    with style():
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        shares, ratios = figure.subplots(1, 2)
+        rules = {"nominal": "p < alpha", "benjamini_hochberg": "BH", "bonferroni": "Bonferroni"}
+        for (rule, label), mark in zip(rules.items(), "os^", strict=True):
+            found = [100 * entry["share"][rule] for entry in layers]
+            shares.plot(at, found, f"{mark}-", markersize=3, label=label)
+        ratios.plot(at, [entry["median_shift_ratio"] for entry in layers], "o-", markersize=3, label="median")
+        ratios.plot(at, [entry["largest_shift_ratio"] for entry in layers], "s-", markersize=3, label="largest")
+        ratios.set_yscale("symlog", linthresh=1e-4)
+        shares.set(title="rows, %", xlabel="layer", ylim=(0, None))
+        ratios.set(title="shift ratio", xlabel="layer")
+        for axes in (shares, ratios):
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.legend()
+    return figure
