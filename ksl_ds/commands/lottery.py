@@ -10,7 +10,7 @@ from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import evaluate_stage, score_copying
 from ksl_ds.training.run import open_run
 from ksl_ds.training.stages import token_frequency, transfer_ticket, tune_embedding, tune_ticket
-from ksl_ds.training.summary import show_stages, summarise
+from ksl_ds.training.summary import scan_result, show_stages, summarise
 
 
 def main(recipe: Recipe) -> None:
@@ -38,3 +38,4 @@ def main(recipe: Recipe) -> None:
         shard.write(base_RD)
         tune_ticket(run, shard, drawn)
         summarise(run, shift, drawn, token_frequency(run))
+        scan_result(run)

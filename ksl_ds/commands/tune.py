@@ -9,7 +9,7 @@ from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import score_copying
 from ksl_ds.training.run import open_run
 from ksl_ds.training.stages import load_ticket, run_stage
-from ksl_ds.training.summary import show_stages
+from ksl_ds.training.summary import scan_result, show_stages
 
 
 def main(recipe: Recipe) -> None:
@@ -22,3 +22,4 @@ def main(recipe: Recipe) -> None:
         ticket = load_ticket(run, shard, recipe.ticket) if recipe.method == "ticket" and recipe.ticket else None
         run_stage(run, METHODS[recipe.method].stage, shard, ticket)
         show_stages(run)
+        scan_result(run)

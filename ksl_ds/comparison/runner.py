@@ -47,6 +47,7 @@ from ksl_ds.training.stages import (
     token_frequency,
     untested_ticket,
 )
+from ksl_ds.training.summary import scan_result
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) 
         if ticket is not None and entry.stage is Stage.PARTIAL_TRANSFER:
             save_ticket(run, ticket, run.dir / "ticket")
         run_stage(run, entry.stage, shard, ticket)
+        scan_result(run)
 
 
 def _check_same_model(comparison: Comparison, run_dir: Path) -> None:

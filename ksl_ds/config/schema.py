@@ -268,7 +268,7 @@ RENAMED = {
 # Keys and sections that may change before a run is gone on with, since no training depends on them.
 KEYS_THAT_MAY_CHANGE_ON_RESUME = (
     "run_dir", "resume", "verbose", "num_ranks", "timeout_minutes", "checkpoint", "tracking", "certify", "compare",
-    "reference", "evaluation.batch_size", "evaluation.gather_weights",
+    "scan", "reference", "evaluation.batch_size", "evaluation.gather_weights",
 )  # fmt: skip
 
 
@@ -302,6 +302,11 @@ class Recipe:
     checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
     compare: Compare = key(Compare, "what `compare` puts side by side")
     method: TunedMethod = key("embed", f"what `tune` trains: {', '.join(TUNED)}")
+    scan: bool = key(
+        False,
+        "`tune`, `lottery` and `compare` scan what embed, full or LoRA tuning made of the model, at draw.alpha, into scan/ of "
+        "its run folder",
+    )
     ticket: Line | None = key(None, "ticket folder, for `tune method=ticket`, for `evaluate` and for `certify`")
     reference: Line | None = key(None, "folder of the embed-tuned model, for `certify`")
 

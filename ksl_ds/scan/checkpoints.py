@@ -50,12 +50,13 @@ class ModelCheckpoint:
 
     @cached_property
     def _stored(self) -> dict[str, str]:
-        """The names in the files by the names in the model."""
+        """The names in the files by the names in the model. Raises UserError where the embedding is missing."""
         folder = self.folder
+        embedding = folder.embedding_name
         stored = {folder.parameter_name(name): name for name in folder.tensor_names}
         if folder.tied:
             stored.pop(str(self.head), None)
-            stored[self.embedding] = folder.embedding_name
+            stored[self.embedding] = embedding
         return stored
 
     @property
@@ -179,11 +180,14 @@ class MergedAdapter:
             )
 
     def _is_transposed(self, name: str) -> bool:
-        return name in self._base.conv1d or self._updates[name].endswith("embedding_")
+        return name in self._base.conv1d or self._of_embedding(name)
+
+    def _of_embedding(self, name: str) -> bool:
+        return self._updates[name].endswith("embedding_")
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         key = self._updates[name]
-        ending = "" if key.endswith("embedding_") else ".weight"
+        ending = "" if self._of_embedding(name) else ".weight"
         A_rI, B_Or = (self._file.read_slices(f"{key}{letter}{ending}", (slice(None),)).float() for letter in "AB")
         return A_rI, B_Or
 
@@ -214,7 +218,10 @@ class MergedAdapter:
         A_rI, B_Or = self._factors(name)
         rows, columns = (*slices, slice(None))[:2]
         delta = (B_Or[columns] @ A_rI[:, rows]).T if self._is_transposed(name) else B_Or[rows] @ A_rI[:, columns]
-        return (part + delta * self._scale(name, A_rI.shape[0])).to(part.dtype)
+        delta = delta * self._scale(name, A_rI.shape[0])
+        if self._of_embedding(name):
+            delta = delta.to(part.dtype)  # PEFT rounds it here and, for linear layers, only the sum
+        return (part + delta).to(part.dtype)
 
 
 class _AdapterFile(Shards):

@@ -47,7 +47,7 @@ def heat_map(
 
 
 def layer_profile(results: Mapping[str, Any]) -> Figure:
-    """By layer, all its rows together: share of rows by rule, and the median and largest shift ratio."""
+    """By layer, all its rows together: share of rows by rule, and the shift ratio of the rows that moved."""
     layers = sorted((entry for entry in results["layers"] if entry["layer"] is not None), key=lambda one: one["layer"])
     at = [entry["layer"] for entry in layers]
     with style():
@@ -55,12 +55,14 @@ def layer_profile(results: Mapping[str, Any]) -> Figure:
         shares, ratios = figure.subplots(1, 2)
         rules = {"nominal": "p < alpha", "benjamini_hochberg": "BH", "bonferroni": "Bonferroni"}
         for (rule, label), mark in zip(rules.items(), "os^", strict=True):
-            found = [100 * entry["share"][rule] for entry in layers]
-            shares.plot(at, found, f"{mark}-", markersize=3, label=label)
-        ratios.plot(at, [entry["median_shift_ratio"] for entry in layers], "o-", markersize=3, label="median")
-        ratios.plot(at, [entry["largest_shift_ratio"] for entry in layers], "s-", markersize=3, label="largest")
-        ratios.set_yscale("symlog", linthresh=1e-4)
-        shares.set(title="rows, %", xlabel="layer", ylim=(0, None))
+            shares.plot(at, [100 * entry["share"][rule] for entry in layers], f"{mark}-", markersize=3, label=label)
+        for key, mark in (("median", "o"), ("largest", "s")):
+            found = [entry[f"{key}_shift_ratio"] or np.nan for entry in layers]
+            ratios.plot(at, found, f"{mark}-", markersize=3, label=key)
+        if any(entry["moved"] for entry in layers):
+            ratios.set_yscale("log")  # without the layers that have not moved
+        top = max(entry["share"]["nominal"] for entry in layers)
+        shares.set(title="rows, %", xlabel="layer", ylim=(0, None if top else 1))
         ratios.set(title="shift ratio", xlabel="layer")
         for axes in (shares, ratios):
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -84,7 +84,10 @@ def _write_report(results: Mapping[str, Any], path: Path) -> None:
         f"Share of rows with p < {alpha}, in percent": heat_map(
             results, lambda cell: 100 * cell["share"]["nominal"], lambda value: f"{value:.3g}", "rows, %"
         ),
-        "Median shift ratio of the rows": heat_map(
+        "Largest D of the rows": heat_map(
+            results, lambda cell: cell["largest_statistic"], lambda value: f"{value:.2g}", "largest D"
+        ),
+        "Median shift ratio of the rows that moved": heat_map(
             results, lambda cell: cell["median_shift_ratio"], lambda value: f"{value:.1g}", "median shift ratio"
         ),
     }
@@ -110,7 +113,8 @@ def _write_report(results: Mapping[str, Any], path: Path) -> None:
         summary=(
             f"{results['after']} against {results['before']}: the two-sample KS test of {everything['rows']:,} rows "
             f"({results['rows_are']}) of {everything['tensors']:,} tensors. {percent(everything['share']['nominal'])} of them "
-            f"have p < {alpha}; the median shift ratio is {ratio(everything['median_shift_ratio'])}."
+            f"have p < {alpha}, {percent(everything['moved'] / everything['rows'])} moved at all, with a median shift ratio "
+            f"of {ratio(everything['median_shift_ratio'])}."
         ),
         recipe_yaml="",
         stages={},

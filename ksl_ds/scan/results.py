@@ -9,6 +9,7 @@ Legend: T rows of a tensor, K k-values of a width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from ksl_ds.files import write_bytes
 from ksl_ds.lottery.pvalues import critical_count, pvalues
 from ksl_ds.lottery.shift import dtype_name
-from ksl_ds.scan.runner import Found, Plan, Tested
+from ksl_ds.scan.runner import Found, Plan, ScannedTensor
 
 COUNTS_FILE = "scan.safetensors"
 LARGEST_ROWS = 50  # rows of largest D that are listed
@@ -37,7 +38,7 @@ class Thresholds:
     num_rows: int
     by_width: dict[str, dict[int, int]]
 
-    def rejected(self, rule: str, tensor: Tested, count_T: Tensor) -> Tensor:
+    def rejected(self, rule: str, tensor: ScannedTensor, count_T: Tensor) -> Tensor:
         """Which rows of a tensor a rule rejects; bool (T,)."""
         return count_T >= self.by_width[rule][tensor.num_samples]
 
@@ -70,11 +71,11 @@ def thresholds(plan: Plan, found: Found, alpha: float) -> Thresholds:
 
 
 def summary(
-    tensors: Sequence[Tested], count_T: Sequence[Tensor], ratio_T: Sequence[Tensor], levels: Thresholds
+    tensors: Sequence[ScannedTensor], count_T: Sequence[Tensor], ratio_T: Sequence[Tensor], levels: Thresholds
 ) -> dict[str, Any]:
-    """What the rows of some tensors together show."""
+    """What the rows of some tensors together show; the median shift ratio is that of the rows that moved."""
     ratios = torch.cat(list(ratio_T))
-    rows = len(ratios)
+    rows, moved = len(ratios), ratios[ratios > 0]
     rejected = {
         rule: sum(int(levels.rejected(rule, tensor, k).sum()) for tensor, k in zip(tensors, count_T, strict=True))
         for rule in RULES
@@ -82,10 +83,10 @@ def summary(
     return {
         "tensors": len(tensors),
         "rows": rows,
-        "moved": int((ratios > 0).sum()),
+        "moved": len(moved),
         "share": {rule: number / rows for rule, number in rejected.items()},
         "largest_statistic": max(int(k.max()) / tensor.num_samples for tensor, k in zip(tensors, count_T, strict=True)),
-        "median_shift_ratio": float(ratios.median()),
+        "median_shift_ratio": float(moved.median()) if len(moved) else 0.0,
         "largest_shift_ratio": float(ratios.max()),
     }
 
@@ -106,7 +107,7 @@ def grouped(plan: Plan, found: Found, levels: Thresholds, keys: Iterable[Any]) -
     }
 
 
-def row_facts(tensor: Tested, count_T: Tensor, ratio_T: Tensor, rows: Tensor) -> list[dict[str, Any]]:
+def row_facts(tensor: ScannedTensor, count_T: Tensor, ratio_T: Tensor, rows: Tensor) -> list[dict[str, Any]]:
     """k, D, p and shift ratio of some rows of a tensor."""
     pvalue = pvalues(count_T[rows], tensor.num_samples).tolist()
     return [
@@ -133,7 +134,7 @@ def largest_rows(plan: Plan, found: Found, levels: Thresholds) -> list[dict[str,
     return sorted(facts, key=lambda fact: -fact["statistic"])[:LARGEST_ROWS]
 
 
-def ticket_of(tensor: Tested, count_T: Tensor, ratio_T: Tensor, levels: Thresholds) -> dict[str, Any]:
+def ticket_of(tensor: ScannedTensor, count_T: Tensor, ratio_T: Tensor, levels: Thresholds) -> dict[str, Any]:
     """The rows of an embedding or head with p < alpha, and facts of those of largest D; `row` is the token id."""
     top = count_T.sort(descending=True, stable=True).indices[:TICKET_ROWS]
     rows = [fact | {"row": fact["row"][0]} for fact in row_facts(tensor, count_T, ratio_T, top[count_T[top] > 0])]
@@ -192,5 +193,6 @@ def save_counts(plan: Plan, found: Found, path: Path) -> None:
         tensor.name: count_T.reshape(tensor.row_shape).contiguous()
         for tensor, count_T in zip(plan.tested, found.count_T, strict=True)
     }
-    widths = {f"num_samples:{tensor.name}": str(tensor.num_samples) for tensor in plan.tested}
-    write_bytes(path, safetensors.torch.save(tensors, widths))
+    widths = {tensor.name: tensor.num_samples for tensor in plan.tested}
+    # One entry, since safetensors writes several in no order.
+    write_bytes(path, safetensors.torch.save(tensors, {"num_samples": json.dumps(widths)}))

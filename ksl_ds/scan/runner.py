@@ -29,7 +29,7 @@ SHIFT_ELEMENTS = 1 << 18  # of a block whose lengths are computed at once: its f
 
 
 @dataclass(frozen=True)
-class Tested:
+class ScannedTensor:
     """A tensor that both checkpoints hold, and how its rows are taken.
 
     Attributes
@@ -60,7 +60,7 @@ class Tested:
 class Plan:
     """What a scan compares, in the model's order, and what it leaves out: {name: why} and names of one side."""
 
-    tested: list[Tested]
+    tested: list[ScannedTensor]
     not_tested: dict[str, str] = field(default_factory=dict)
     only_before: list[str] = field(default_factory=list)
     only_after: list[str] = field(default_factory=list)
@@ -112,7 +112,9 @@ def make_plan(before: ModelCheckpoint, after: Checkpoint, rows: RowKind) -> Plan
             by_columns = len(shape) > 1 and not table and (rows == "input") != (name in before.inputs_first)
             arranged, num_samples = row_shape(shape, by_columns)
             plan.tested.append(
-                Tested(name, before_name, after_name, shape, dtypes, place_of[name], by_columns, arranged, num_samples)
+                ScannedTensor(
+                    name, before_name, after_name, shape, dtypes, place_of[name], by_columns, arranged, num_samples
+                )
             )
     plan.only_before = sorted(before.names - shared)
     plan.only_after = sorted(after.names - shared)
@@ -157,7 +159,7 @@ def run_scan(before: Checkpoint, after: Checkpoint, plan: Plan) -> Found:
     return Found(list(count_N.cpu().split(sizes)), list(ratio_N.cpu().split(sizes)))
 
 
-def own_blocks(tested: Sequence[Tested]) -> list[tuple[int, Block]]:
+def own_blocks(tested: Sequence[ScannedTensor]) -> list[tuple[int, Block]]:
     """This rank's blocks, with the number of their tensor: consecutive ones with an even share of all values."""
     blocks = [
         (number, block) for number, tensor in enumerate(tested) for block in blocks_of(tensor.shape, tensor.by_columns)

@@ -23,15 +23,15 @@ from ksl_ds.report.tables import (
 NOTES = (
     "p < alpha: the nominal level, row by row. BH: Benjamini-Hochberg's step-up rule over all rows of the scan. Bonferroni: "
     "p < alpha divided by the number of all rows.",
-    "D: the largest distance of a row's two distribution functions. shift ratio: |after - before| / |before| of a row; median "
-    "over all rows, those that did not move included.",
+    "D: the largest distance of a row's two distribution functions. shift ratio: |after - before| / |before| of a row; the "
+    "median is over the rows that moved.",
 )
 TICKET_SHOWN = 40
 
 
 def percent(value: float) -> str:
-    """12.3 %, 0.004 %, 0 %"""
-    return "0 %" if value == 0 else f"{100 * value:.{1 if value >= 0.001 else 3}f} %"
+    """12.3 %, 0.0004 %, 0 %"""
+    return f"{100 * value:.1f} %" if value >= 0.001 else f"{100 * value:.1g} %"
 
 
 def ratio(value: float | None) -> str:
@@ -136,7 +136,10 @@ def reading(results: Mapping[str, Any]) -> list[str]:
     else:
         sentences.append(f"No row of any matrix has p < {alpha:g}.")
     if kinds[moved]["median_shift_ratio"]:
-        sentences.append(f"The largest median shift ratio is in {moved}: {ratio(kinds[moved]['median_shift_ratio'])}.")
+        sentences.append(
+            f"Where rows moved, they moved most in {moved}: its median shift ratio is "
+            f"{ratio(kinds[moved]['median_shift_ratio'])}."
+        )
     return [
         *sentences,
         "The test is less sensitive on short rows: kinds whose rows differ in width are compared by their shift ratios "

@@ -19,12 +19,14 @@ from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
 from ksl_ds.report.records import read_metrics
 from ksl_ds.report.tables import print_table, print_text, stage_table, ticket_rows, ticket_table
+from ksl_ds.scan.report import scan_folders
 from ksl_ds.training.run import RunContext
 
 TOKENS_SHOWN = 40
 ECDFS_SHOWN = 6
 SAMPLES_SHOWN = 12
 THRESHOLDS = (0.05, 0.5, 0.95)
+SCANNED = (Stage.EMBED_TUNING, Stage.FULL_TUNING, Stage.LORA)  # stages that leave a whole model or LoRA's adapter
 
 
 def show_stages(run: RunContext) -> None:
@@ -32,6 +34,18 @@ def show_stages(run: RunContext) -> None:
     run.save_results()
     if distributed.is_rank0():
         print_table(stage_table(run.results["baselines"] | run.stages))
+
+
+def scan_result(run: RunContext) -> None:
+    """Scans the model that a stage has left against the base model, into `scan/`, where the recipe asks for it. Collective."""
+    out = run.dir / "scan"
+    stage = next((name for name in SCANNED if name in run.stages), None)
+    if not run.recipe.scan or stage is None or distributed.run_on_rank0(lambda: (out / "results.json").is_file()):
+        return
+    found = scan_folders(run.folder, run.dir / "checkpoints" / stage, out, run.recipe.draw.alpha, "output")
+    if distributed.is_rank0():
+        run.results["scan"] = {"stage": str(stage), **{key: found[key] for key in ("alpha", "all", "kinds")}}
+    run.save_results()
 
 
 def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> None:
