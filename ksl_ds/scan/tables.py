@@ -42,7 +42,7 @@ def ratio(value: float | None) -> str:
 SUMMARY_COLUMNS: list[tuple[Column, Callable[[Mapping[str, Any]], str]]] = [
     (Column("rows tested"), lambda found: count(found["rows"])),
     (Column("rows moved"), lambda found: percent(found["moved"] / found["rows"])),
-    (Column("p < alpha"), lambda found: percent(found["share"]["nominal"])),
+    (Column("p<alpha"), lambda found: percent(found["share"]["nominal"])),
     (Column("BH"), lambda found: percent(found["share"]["benjamini_hochberg"])),
     (Column("Bonferroni"), lambda found: percent(found["share"]["bonferroni"])),
     (Column("largest D"), lambda found: decimals(4)(found["largest_statistic"])),

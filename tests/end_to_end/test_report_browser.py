@@ -18,10 +18,13 @@ from PIL import Image
 from synthetic_certificate import COUNTEREXAMPLES, candidate
 from synthetic_comparison import write_comparison
 from synthetic_run import report_contents
+from tiny import make_model_folder
 
 from ksl_ds.certificate import report as certificate
 from ksl_ds.comparison.results import finish
+from ksl_ds.model.folder import ModelFolder
 from ksl_ds.report.html import write_report
+from ksl_ds.scan.report import scan_folders
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
@@ -38,12 +41,16 @@ PROBE = """<!DOCTYPE html><title>probe</title><body style="margin:0">
 }}</script>"""
 
 
-@pytest.fixture(scope="module", params=["lottery", "certify", "compare"])
+@pytest.fixture(scope="module", params=["lottery", "certify", "compare", "scan"])
 def report(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report") / request.param
     if request.param == "compare":
         finish(*write_comparison(folder))
         return folder / "report.html"
+    if request.param == "scan":
+        before, after = (make_model_folder(folder / side, seed=seed) for seed, side in enumerate(("before", "after")))
+        scan_folders(ModelFolder(before), after, folder / "scan", 0.05, "output")
+        return folder / "scan" / "report.html"
     folder.mkdir()
     contents = report_contents()
     if request.param == "certify":
