@@ -466,7 +466,8 @@ def test_indices_of_another_form_are_refused(tmp_path, index, sentence):
         (lambda matrix: matrix[None].clone(), r"should have shape \(134, 32\), but has \(1, 134, 32\)"),
         (lambda matrix: matrix.int(), "holds torch.int32, not floating-point weights"),
         (lambda matrix: matrix.to(torch.float8_e4m3fn), "is FP8: quantised folders are not supported"),
-        (lambda matrix: matrix.to(torch.uint16), "is stored as U16, which is not supported"),
+        (lambda matrix: matrix.to(torch.uint16), "holds torch.uint16, not floating-point weights"),
+        (lambda matrix: matrix.to(torch.complex64), "is stored as C64, which is not supported"),
     ],
 )
 def test_embeddings_of_another_form_are_refused(tmp_path, change, sentence):
