@@ -13,7 +13,6 @@ Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M s
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -27,7 +26,7 @@ from torch import Tensor
 from ksl_ds.lottery.buckets import bucket_counts
 from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
 from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
-from ksl_ds.lottery.sorting import reach_two, sorted_counts
+from ksl_ds.lottery.sorting import fastest, reach_two, sorted_counts
 
 __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalues", "row_counts"]
 
@@ -286,7 +285,7 @@ def _sorting_is_faster(dtype: torch.dtype) -> bool:
     """Whether numpy here sorts rows of `dtype` in less time than it counts them into buckets; tried once, on random ones.
 
     The counts are the same either way. With Intel's AVX-512 sorting takes half of the time; on AMD's
-    Zen 4 np.sort alone takes 1.2 to 1.5 times as long as counting.
+    Zen 4 np.sort alone takes 1.2 to 1.5 times as long as counting for float32.
     """
     if dtype == torch.float64:  # buckets hold 32-bit floats
         return True
@@ -294,16 +293,7 @@ def _sorting_is_faster(dtype: torch.dtype) -> bool:
     before_RD, after_RD = (_array(values_RD) for values_RD in values.to(dtype))
     before_RD, after_RD, _ = _common_bits(before_RD, after_RD, (dtype, dtype))
     floats, no_R = (_floats(before_RD, dtype), _floats(after_RD, dtype)), np.zeros(4, np.bool_)
-
-    def fastest(count: Callable[[], object]) -> float:
-        times = []
-        for _ in range(20):
-            start = time.thread_time()
-            count()
-            times.append(time.thread_time() - start)
-        return min(times)
-
-    return fastest(lambda: sorted_counts(before_RD, after_RD, no_R)) < fastest(lambda: bucket_counts(*floats))
+    return fastest([lambda: sorted_counts(before_RD, after_RD, no_R), lambda: bucket_counts(*floats)]) == 0
 
 
 def _counts_on_gpu(before_VD: Tensor, after_VD: Tensor, rows: slice, first_row: int) -> Tensor:

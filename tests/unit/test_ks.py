@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ksl_ds import critical_count, ks_2samp
-from ksl_ds.lottery import buckets, ks
+from ksl_ds.lottery import buckets, ks, sorting
 from ksl_ds.lottery.ks import _counts_on_gpu, row_counts
 from ksl_ds.lottery.pvalues import pvalues
 
@@ -137,6 +137,22 @@ def test_samples_of_two_sizes(samples, method):
         reference = stats.ks_2samp(row_before.numpy(), row_after.numpy(), method=method)
         assert float(result.statistic[row]) == pytest.approx(reference.statistic, rel=1e-12)
         assert float(result.pvalue[row]) == pytest.approx(reference.pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["quicksort", "stable"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_either_sort_of_16_bits_gives_the_same_counts(monkeypatch, dtype, kind):
+    monkeypatch.setattr(ks, "_sorting_is_faster", lambda dtype: True)
+    monkeypatch.setattr(sorting, "_fastest_sort", lambda: kind)
+    before, after = random_rows(50, 300, dtype, seed=3, shift=0.1)
+    assert row_counts(before, after).tolist() == searched(before, after)
+
+
+def test_the_fastest_of_some_ways_is_found():
+    def work(number):
+        return lambda: sum(range(number))
+
+    assert sorting.fastest([work(100_000), work(10), work(200_000)]) == 1
 
 
 @pytest.mark.parametrize("most_in_doubt", [0.0, 0.01, 1.0])
