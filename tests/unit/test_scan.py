@@ -279,6 +279,25 @@ def test_what_is_not_tested_is_listed(tmp_path):
     assert all(row["tensor"] != "scalar" for row in results["largest_rows"])  # no D of one value means anything
 
 
+@pytest.mark.parametrize("architecture", ["gpt_neox", "opt", "bloom", "gptj", "falcon", "mamba", "qwen3_moe"])
+def test_every_tensor_of_an_architecture_has_its_place(tmp_path, architecture):
+    sizes = {
+        "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},
+        "gptj": {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4},
+        "mamba": {"state_size": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    }
+    before = make_model_folder(tmp_path / "before", architecture, **sizes.get(architecture, {}))
+    after = tune(before, tmp_path / "after")
+    for rows in ("output", "input"):
+        plan, counts, _ = scan(before, after, rows)
+        assert len(counts) == len(load_file(before / "model.safetensors"))  # the model calls some by another name
+        assert not (plan.not_tested or plan.only_before or plan.only_after)
+        assert {tensor.place.layer for tensor in plan.tested} == {None, 0, 1}
+    kinds = {tensor.place.kind for tensor in plan.tested}
+    assert "lm_head" in kinds and not any(part.isdecimal() for kind in kinds for part in kind.split("."))
+
+
 # --- corrections ---
 
 
