@@ -25,6 +25,7 @@ def main(recipe: Recipe) -> None:
         shift, drawn = tune_embedding(run, shard, base_RD)
         if not drawn.token_ids:
             show_stages(run)
+            scan_result(run)
             raise UserError(
                 f"{explain_empty(shift, recipe.draw.alpha, recipe.draw.method)}; the embed-tuned model is kept in "
                 f"{run.dir / 'checkpoints' / Stage.EMBED_TUNING}, where ksl-ds draw tries other settings at once"
