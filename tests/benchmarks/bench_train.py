@@ -255,9 +255,11 @@ def trainer(options: argparse.Namespace, grouped: bool) -> Steps:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    from ksl_ds import distributed
     from ksl_ds.sharding.engine import read_config
     from ksl_ds.text.batches import BatchOrder, collate_training
 
+    distributed.initialize()  # without DeepSpeed's compiled shared-memory operator, as ours runs
     recipe = load(options.out)
     examples = encoded(recipe)
     order = BatchOrder(len(examples), options.batch_size, SEED)
