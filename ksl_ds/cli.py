@@ -193,7 +193,7 @@ def _keys_help(schema: str) -> str:
 
     lines = ["", "keys (default):"]
     for name, (default, text) in load.dotted_keys(getattr(schemas, schema)).items():
-        shown = "required" if default == "???" else "empty" if default in (None, []) else default
+        shown = {"???": "required", "None": "empty", "[]": "empty"}.get(str(default), default)
         lines += [f"  {name} ({shown})", *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines) + "\n"
 

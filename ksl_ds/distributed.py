@@ -98,7 +98,8 @@ def name_lost_ranks(timeout: timedelta) -> Iterator[None]:
         reason = " ".join(str(error).split())
         if not LOST.search(reason):
             raise
-        number, host = os.environ.get("RANK", "0"), socket.gethostname()
+        number = os.environ.get("RANK", "0")
+        host = socket.gethostname()
         raise LostRanks(
             f"rank {number} on {host} lost the other ranks ({reason[:160]}); a rank or a host has died, or the network "
             f"between them. It waited {timeout.total_seconds() / 60:g} minutes at most (timeout_minutes)"

@@ -54,7 +54,8 @@ def main() -> None:
         trees = [unpack(deb, Path(scratch) / package) for deb, package in zip(debs, packages, strict=True)]
         dropped: Counter[str] = Counter()
         # What cannot be a sentence in one language cannot be one in the other: counted once.
-        english, other = read_help(trees[0], dropped), read_help(trees[1], Counter())
+        english = read_help(trees[0], dropped)
+        other = read_help(trees[1], Counter())
         pairs = align(english, other, dropped)
         splits = split(pairs, dropped)
         if not all(splits.values()):
@@ -118,7 +119,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         if tag == "p":
-            self._id, self._parts = attributes.get("id"), []
+            self._id = attributes.get("id")
+            self._parts = []
             if self._id and "code" in (attributes.get("class") or ""):
                 self.unfit[self._id] = "of program code"
         elif self._id and tag == "img":

@@ -68,7 +68,8 @@ def _reference_model(recipe: Recipe) -> Model:
 
 def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Candidate], Shift]:
     """Every candidate's predictions, and the KS test of base and reference. The base model is freed at the end."""
-    embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
+    embedding = run.model.get_input_embeddings().weight
+    recipe = run.recipe
     with distributed.raise_on_all_ranks():
         name = differing_weight(run.model, reference, leave_out=embedding)
         if name is not None:

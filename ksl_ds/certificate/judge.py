@@ -86,7 +86,9 @@ def judge(
             for example in run.examples["test"]
         ]
     )
-    first_N, second_N, count = reference.first_N, reference.second_N, candidate.tau_count
+    first_N = reference.first_N
+    second_N = reference.second_N
+    count = candidate.tau_count
     by_criterion_N = certified(first_N, second_N, count, num_samples)
     by_union_N = certified(first_N, second_N, count, num_samples, untuned_N)
     agrees_N = reference.top_N == candidate.predictions.top_N
@@ -156,7 +158,8 @@ def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, A
         run.tracker.log(
             "certificate", step, candidate=candidate_name(row), alpha=row["alpha"], tau=row["tau"], **numbers
         )
-    tokens, sentences = rows[0]["overall"]["tokens"], rows[0]["overall"]["sentences"]
+    tokens = rows[0]["overall"]["tokens"]
+    sentences = rows[0]["overall"]["sentences"]
     content = certificate_table(
         rows, f"Agreement with {run.recipe.reference} on {tokens:,} tokens of {sentences:,} held-out sentences"
     )

@@ -61,7 +61,8 @@ def certificate_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         Column("certified (union bound)"),
         Column("of them agree", optional=True),
     ]
-    share, cells = decimals(3), []
+    share = decimals(3)
+    cells = []
     for row in rows:
         criterion, union, everything = (row[name] for name in ("reconstructed", "reconstructed_union_bound", "overall"))
         cells.append(
@@ -155,7 +156,8 @@ def certificate_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 color = next(colors)
                 for points, mark in ((grid, "o-"), (given, "D")):
                     known = [(row["alpha"], row[part]) for row in points if row[part][key] is not None]
-                    alphas, shares = [alpha for alpha, _ in known], [found[key] for _, found in known]
+                    alphas = [alpha for alpha, _ in known]
+                    shares = [found[key] for _, found in known]
                     axes.plot(alphas, shares, mark, color=color, markersize=4, label=label if mark == "o-" else None)
                     spans = [(alpha, *found["interval"]) for alpha, found in known if found["interval"]]
                     if key == "sentence_agreement" and spans:

@@ -51,7 +51,10 @@ class Entry:
         All seeds see the same pairs: which are taken is decided by `text.seed`, by default the comparison's own seed.
         """
         own = copy.deepcopy(recipe)
-        own.run_dir, own.seed, own.compare, own.ticket = str(self.folder(home, seed)), seed, Compare(), None
+        own.run_dir = str(self.folder(home, seed))
+        own.seed = seed
+        own.compare = Compare()
+        own.ticket = None
         own.resume = "auto"
         own.text.seed = recipe.text_seed
         for section in METHOD_SECTIONS - self.spec.reads:  # a change there does not concern this run
@@ -136,7 +139,8 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     theirs = with_current_names(results["recipe"])
     if entry.stage not in results["stages"] or theirs["seed"] != wanted.seed:
         return None
-    drawn, own = theirs["draw"], clean(wanted)["draw"]
+    drawn = theirs["draw"]
+    own = clean(wanted)["draw"]
     if entry.alpha is not None:
         # It looked at tickets while it trained, which changed nothing unless it stopped there.
         drawn = {**drawn, "every": None, "top_k": own["top_k"]}

@@ -140,7 +140,8 @@ def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> 
 
 
 def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> None:
-    comparison, stages = results["comparison"], results["stages"]
+    comparison = results["comparison"]
+    stages = results["stages"]
     first_runs: dict[str, Mapping[str, Any]] = {}
     for key in comparison["order"]:
         scored = [run for run in comparison["runs"][key].values() if "scores" in run]

@@ -95,7 +95,8 @@ def compare(recipe: Recipe, home: Path) -> None:
 
 def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     """What came of an entry: found, run now, or missing for a reason."""
-    recipe, home = comparison.recipe, comparison.home
+    recipe = comparison.recipe
+    home = comparison.home
     num_rows = None
     if entry.spec.needs_embed:
         embedded = comparison.outcomes[Stage.EMBED_TUNING][seed]
@@ -145,7 +146,8 @@ def _drawn_before(comparison: Comparison, entry: Entry, seed: int, ids: list[int
 def _found(entry: Entry, folder: Path, wanted: Recipe, lottery: Path | None, home: Path) -> Outcome | None:
     results = finished(entry, folder, wanted)
     if results is None and lottery is not None and lottery != home:
-        folder, results = lottery, scored_by_lottery(entry, lottery, wanted)
+        folder = lottery
+        results = scored_by_lottery(entry, lottery, wanted)
     if results is None:
         return None
     return {

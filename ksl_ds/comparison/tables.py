@@ -57,7 +57,8 @@ def mean_stages(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def score_table(results: Results) -> Table:
     """What each entry costs and scores, copying the source first."""
-    comparison, stages = results["comparison"], results["stages"]
+    comparison = results["comparison"]
+    stages = results["stages"]
     columns = [Column("", numeric=False)]
     for column, key, _ in STAGE_COLUMNS:
         columns.append(column)
@@ -183,7 +184,8 @@ def readings(results: Results) -> list[str]:
                 if key in (baseline, Stage.UNTUNED) or tests is None:
                     continue
                 mean, _, significant = difference(tests, text)
-                groups["not different" if not significant else "above" if mean > 0 else "below"].append(label_of(key))
+                direction = "above" if mean > 0 else "below"
+                groups[direction if significant else "not different"].append(label_of(key))
             said = [
                 f"{'no significant difference' if group == 'not different' else f'significantly {group} it'}: "
                 f"{', '.join(names)}"

@@ -245,7 +245,8 @@ def _read_word(schema: type, word: str) -> dict[str, Any]:
     name, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", name):
         raise UserError(f"{word!r} is not of the form key=value (a recipe comes first, then key=value words)")
-    annotation, section = None, schema
+    annotation = None
+    section = schema
     for part in name.split("."):
         annotation = _annotations(section).get(part) if section else None
         section = _section_of(annotation)
@@ -287,7 +288,12 @@ def _explain(error: Any, schema: type) -> str:
     if error["type"] == "unexpected_keyword_argument":
         return _unknown_key(name, schema)
     value = error["input"]
-    shown = "empty" if value in (None, "") else value if isinstance(value, str) and value.isprintable() else repr(value)
+    if value in (None, ""):
+        shown = "empty"
+    elif isinstance(value, str) and value.isprintable():
+        shown = value
+    else:
+        shown = repr(value)
     if error["type"] == "dataclass_type":
         reason = "it is a section with keys of its own (see ksl-ds COMMAND --help)"
     else:

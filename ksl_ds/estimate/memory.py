@@ -123,18 +123,21 @@ class Needs:
 
 def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) -> Needs:
     """The needs of each of `ranks` ranks; see the file's docstring for the formulas."""
-    b, sharded = training.weight_bytes, zero.stage == 3
+    b = training.weight_bytes
+    sharded = zero.stage == 3
     everything = [*method.trained, *method.frozen]
     persistent = [numel for numel in everything if sharded and numel <= zero.persistence_threshold]
     trained_share = _share(method.trained, ranks if zero.stage >= 1 else 1)
-    total, kept_whole = sum(everything), sum(persistent)
+    total = sum(everything)
+    kept_whole = sum(persistent)
     weights = b * (_share(everything, ranks) + kept_whole if sharded else total)
     gradients = b * (trained_share if zero.stage >= 2 else sum(method.trained))
     optimizer = 12 * trained_share
     stepped = (6 if b == 2 else 4) * min(trained_share, zero.sub_group_size)
     step = max(stepped, 8 * -(-max(method.trained) // ranks))
     buffers = b * zero.reduce_bucket_size if zero.contiguous_gradients and zero.stage >= 2 else 0
-    passing, stays = total - kept_whole, 0
+    passing = total - kept_whole
+    stays = 0
     gathered = 0
     if sharded:
         stays = min(passing, zero.max_reuse_distance // 2)

@@ -19,9 +19,11 @@ KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
 
 def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     """Memory of a rank, and traffic, for every method on `command.gpus` GPUs."""
-    training, zero = plan.training(), plan.zero
+    training = plan.training()
+    zero = plan.zero
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
-    memory_rows, traffic_rows = [], []
+    memory_rows = []
+    traffic_rows = []
     with distributed.progress([(name, at) for name in Estimated for at in (False, True)], "dry runs") as cases:
         found = {case: _method_or_problem(plan, *case) for case in cases}
     total = sum(parameter.numel() for parameter in plan.meta_model().parameters())

@@ -36,7 +36,8 @@ def bucket_counts(before_RD: NDArray[Any], after_RD: NDArray[Any]) -> tuple[NDAr
         range_R = values_SRD.max(axis=2).max(axis=0) - low_R
     left_R = ~((range_R >= SMALLEST_RANGE) & (range_R <= LARGEST_RANGE))
     range_R[left_R] = np.inf
-    low_R1, scale_R1 = np.where(left_R, 0, low_R)[:, None], (np.float32(buckets - 1) / range_R)[:, None]
+    low_R1 = np.where(left_R, 0, low_R)[:, None]
+    scale_R1 = (np.float32(buckets - 1) / range_R)[:, None]
     for values_RD, places_RD in zip(values_SRD, places_SRD, strict=True):
         # Between 0 and buckets - 1, as the quotient of a row's range with itself is 1 but for two roundings.
         scaled_RD = values_RD - low_R1

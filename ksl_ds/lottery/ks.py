@@ -115,7 +115,9 @@ def ks_2samp(before: Tensor, after: Tensor, *, method: PValueMethod = "exact") -
     _check(before, after)
     if method not in ("exact", "asymp"):
         raise ValueError(f"method is {method!r}; it must be exact or asymp")
-    shape, size_before, size_after = before.shape[:-1], before.shape[-1], after.shape[-1]
+    shape = before.shape[:-1]
+    size_before = before.shape[-1]
+    size_after = after.shape[-1]
     before_RN, after_RM = _matrix(before), _matrix(after)
     if size_before == size_after:
         count_R = row_counts(before_RN, after_RM).long()
@@ -158,7 +160,8 @@ def row_counts(
         ahead would read both matrices twice. No count is returned then.
     """
     _check(before_VD, after_VD)
-    num_rows, width = math.prod(before_VD.shape[:-1]), before_VD.shape[-1]
+    num_rows = math.prod(before_VD.shape[:-1])
+    width = before_VD.shape[-1]
     on_cpu = before_VD.device.type == "cpu"
     threads = torch.get_num_threads() if on_cpu else 1
     chunk = max(1, workspace_bytes // (WORKSPACE_PER_COORDINATE * width * threads))
@@ -292,7 +295,8 @@ def _sorting_is_faster(dtype: torch.dtype) -> bool:
     values = 0.02 * torch.randn(2, 4, 4096, generator=torch.Generator().manual_seed(0))
     before_RD, after_RD = (_array(values_RD) for values_RD in values.to(dtype))
     before_RD, after_RD, _ = _common_bits(before_RD, after_RD, (dtype, dtype))
-    floats, no_R = (_floats(before_RD, dtype), _floats(after_RD, dtype)), np.zeros(4, np.bool_)
+    floats = (_floats(before_RD, dtype), _floats(after_RD, dtype))
+    no_R = np.zeros(4, np.bool_)
     return fastest([lambda: sorted_counts(before_RD, after_RD, no_R), lambda: bucket_counts(*floats)]) == 0
 
 

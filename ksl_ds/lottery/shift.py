@@ -162,7 +162,8 @@ def choose_rows(
 
 def explain_empty(shift: Shift, alpha: float, method: PValueMethod = "exact") -> str:
     """Why no row was drawn at `alpha`, and what to change."""
-    num_samples, largest = shift.num_samples, int(shift.count_V.max())
+    num_samples = shift.num_samples
+    largest = int(shift.count_V.max())
     pvalue = float(pvalues(torch.tensor(largest), num_samples, method))
     ratios = ", ".join(f"{ratio:.3g}" for ratio in shift.shift_ratio_V.sort(descending=True).values[:3].tolist())
     needed = critical_count(num_samples, alpha, method) / num_samples

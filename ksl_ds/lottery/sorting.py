@@ -69,7 +69,8 @@ def _fastest_sort() -> Literal["quicksort", "stable"]:
 
 def sorted_counts(before_RD: Ints, after_RD: Ints, large_R: NDArray[np.bool_]) -> NDArray[np.int32]:
     """k of each row, int32 (R,), from the bits of its finite values; `large_R`: `reach_two` of either sample."""
-    samples, own = (before_RD, after_RD), before_RD.dtype
+    samples = (before_RD, after_RD)
+    own = before_RD.dtype
     if not large_R.any():
         return _counts(samples, own)
     counts_R = np.empty(len(large_R), np.int32)
@@ -106,7 +107,8 @@ def _counts(samples: Sequence[Ints], key_type: np.dtype[Any]) -> NDArray[np.int3
 
 def _keys(samples: Sequence[Ints], key_type: np.dtype[Any]) -> Ints:
     """Twice the signed magnitude (-0.0 and 0.0 are one), plus 1 for a value of the second sample; (R, M)."""
-    (num_rows, width), own = samples[0].shape, samples[0].dtype
+    (num_rows, width) = samples[0].shape
+    own = samples[0].dtype
     keys_RM = np.empty((num_rows, 2 * width), key_type)
     for keys_RD, bits_RD in zip((keys_RM[:, :width], keys_RM[:, width:]), samples, strict=True):
         sign_RD = bits_RD >> (8 * own.itemsize - 1)  # 0 or -1

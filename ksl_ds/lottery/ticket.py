@@ -183,7 +183,8 @@ class Ticket:
             width), carries this ticket already or another one with other values for one of its rows, is an
             encoder-decoder, or is partitioned by ZeRO-3.
         """
-        embedding, head = _plain_embedding(model), model.get_output_embeddings()
+        embedding = _plain_embedding(model)
+        head = model.get_output_embeddings()
         weight_VD = embedding.weight
         ids_K = torch.tensor(self.token_ids, dtype=torch.int64, device=weight_VD.device)
         self.check_shape(*weight_VD.shape, resized=force)
@@ -228,7 +229,8 @@ class Ticket:
         ValueError
             Where the model does not carry this ticket's rows.
         """
-        embedding, head = _plain_embedding(model), model.get_output_embeddings()
+        embedding = _plain_embedding(model)
+        head = model.get_output_embeddings()
         weight_VD = embedding.weight
         self.check_shape(*weight_VD.shape, resized=True)
         ids_K = torch.tensor(self.token_ids, dtype=torch.int64, device=weight_VD.device)
@@ -276,7 +278,8 @@ def make_ticket(
         raise ValueError(f"embedding_scope is {embedding_scope!r}; it must be one of {', '.join(SCOPES)}")
     ids = ids.cpu()
     base_rows_KD = base_rows_KD.detach().cpu().clone()
-    vocab_size, num_samples = len(shift.count_V), shift.num_samples
+    vocab_size = len(shift.count_V)
+    num_samples = shift.num_samples
     count_K = shift.count_V.cpu()[ids].long()
     return Ticket(
         token_ids=ids.tolist(),

@@ -101,7 +101,8 @@ def write_ticket(
         foreign = [folder.name] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - FILES)
         if foreign:
             raise ValueError(f"{folder} exists and is not a ticket (it holds {foreign[0]}); choose another folder")
-    rows_KD, base_rows_KD = rows_KD.cpu().contiguous(), base_rows_KD.cpu().contiguous()
+    rows_KD = rows_KD.cpu().contiguous()
+    base_rows_KD = base_rows_KD.cpu().contiguous()
     # A tied head gets the same rows under its own name, as PEFT itself writes them: without it PEFT warns.
     adapter = {f"base_model.model.{name}.trainable_tokens_delta": rows_KD.clone() for name in module_names}
     with atomic_folder(folder) as draft:
@@ -143,7 +144,9 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
         raise ValueError(f"{folder / TICKET_JSON} does not match its own checksum; it was damaged or edited")
     checked(record, _TicketRecord, str(folder / TICKET_JSON))
 
-    num_rows, vocab_size, num_samples = len(record["token_ids"]), record["vocab_size"], record["num_samples"]
+    num_rows = len(record["token_ids"])
+    vocab_size = record["vocab_size"]
+    num_samples = record["num_samples"]
     keys = {f"base_model.model.{name}.trainable_tokens_delta" for name in record["modules"]}
     adapter = _read_tensors(folder / ADAPTER_MODEL, record["files"], keys)
     ks = _read_tensors(folder / KS_TENSORS, record["files"], {"count", "base_rows"})
@@ -160,7 +163,8 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
     if ks["count"][torch.tensor(record["token_ids"], dtype=torch.int64)].tolist() != record["count"]:
         raise ValueError(f"{folder / KS_TENSORS}: count differs from the counts in {TICKET_JSON}")
 
-    config, expected = _read_object(folder / ADAPTER_CONFIG), _adapter_config(record, record["modules"][0])
+    config = _read_object(folder / ADAPTER_CONFIG)
+    expected = _adapter_config(record, record["modules"][0])
     for name in ("peft_type", "token_indices", "target_modules", "init_weights", "inference_mode"):
         if config.get(name) != expected[name]:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {name} is at odds with {TICKET_JSON}")

@@ -44,7 +44,8 @@ def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
     from peft import LoraConfig, PrefixTuningConfig
 
     def empty_model() -> Any:
-        dtype, trust = TORCH_DTYPE[recipe.training.precision], recipe.model.trust_remote_code
+        dtype = TORCH_DTYPE[recipe.training.precision]
+        trust = recipe.model.trust_remote_code
         model = meta_model(copy.deepcopy(model_config), dtype, untied=False, trust_remote_code=trust)
         if recipe.training.gradient_checkpointing:
             enable_checkpointing(model)

@@ -24,7 +24,8 @@ def checkpoint_shift(before: ModelFolder, after: ModelFolder) -> Shift:
     own = even_rows(num_rows, distributed.world_size())[distributed.rank()]
     itemsize = max(folder.dtype(folder.embedding_name).itemsize for folder in (before, after))
     block = max(1, BLOCK_BYTES // (width * itemsize))
-    parts, message = [], None
+    parts = []
+    message = None
     # A rank without rows tests one block of none, so that it has vectors of the right kind to send.
     with distributed.progress(range(own.start, max(own.stop, own.start + 1), block), "drawing") as starts:
         for start in starts:

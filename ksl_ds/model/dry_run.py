@@ -102,8 +102,9 @@ def model_config(name: str, revision: str | None = None, *, trust_remote_code: b
         if name in shapes:
             return AutoConfig.for_model(**shapes[name])
         # A config.json stands for its folder; of a Hub model the config alone is fetched, not the weights.
-        where = path.parent if path.is_file() else path if path.is_dir() else name
+        where: Path | str = path.parent if path.is_file() else name
         if path.is_dir():
+            where = path
             check_folder(path)
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
@@ -277,7 +278,9 @@ def _equal_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
 
 def _phase_peaks(run: _Passes) -> list[int]:
     """Peaks of the forward pass, of the backward pass down to the embedding, and of the embedding's own."""
-    model, batch_size, length = run.model, run.batch_size, run.length
+    model = run.model
+    batch_size = run.batch_size
+    length = run.length
     handles = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         for parameter in model.parameters()

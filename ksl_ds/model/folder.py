@@ -269,7 +269,8 @@ class ModelFolder(Shards):
         rules = self._conversions
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        prefix, state = self.meta_model.base_model_prefix, self.meta_model.state_dict()
+        prefix = self.meta_model.base_model_prefix
+        state = self.meta_model.state_dict()
 
         def rename(stored: str) -> tuple[str | None, bool]:
             renamed, converted = rename_source_key(stored, renamings, converters, prefix, state)
@@ -427,7 +428,9 @@ class ModelFolder(Shards):
             raise UserError(f"{path} must hold a JSON object, not {json.dumps(settings)[:60]}")
         nested = settings.get("text_config")
         found = settings.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None)
-        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if found is None:
+            return []
+        ids = found if isinstance(found, list) else [found]
         if not all(type(number) is int for number in ids):
             raise UserError(
                 f"{path}: eos_token_id is {json.dumps(found)[:60]}; it must be a token id or a list of token ids"
@@ -520,7 +523,8 @@ def write_model_with_rows(base: ModelFolder, out: Path, ids: list[int], rows_KD:
     A tied base with scope "input" becomes an untied model whose head holds the old embedding; with "shared" head and
     embedding stay one. Raises UserError where `out` exists.
     """
-    name, width = base.embedding_name, base.shape(base.embedding_name)[1]
+    name = base.embedding_name
+    width = base.shape(base.embedding_name)[1]
     rows = [(number * width, row_D) for number, row_D in zip(ids, rows_KD, strict=True)]
     patches: dict[str, list[Patch]] = {name: rows}
     added: dict[str, Added] = {}

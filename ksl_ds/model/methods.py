@@ -30,7 +30,8 @@ def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any
     UserError
         Where the architecture cannot be trained so.
     """
-    dtype, trust = TORCH_DTYPE[recipe.training.precision], recipe.model.trust_remote_code
+    dtype = TORCH_DTYPE[recipe.training.precision]
+    trust = recipe.model.trust_remote_code
     model = meta_model(copy.deepcopy(model_config), dtype, untied=False, trust_remote_code=trust)
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)

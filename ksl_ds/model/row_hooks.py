@@ -144,7 +144,8 @@ class TrainedRows:
         self._open[id(optimizer)] = OpenStep(part, part.flat.clone(), gradient is not None)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        weight, step = self._reference(), self._open.pop(id(optimizer), None)
+        weight = self._reference()
+        step = self._open.pop(id(optimizer), None)
         if weight is None or step is None:
             return
         part = stepped_part(optimizer, weight) or step.part

@@ -40,7 +40,8 @@ class TicketRows(nn.Module):
 
     def __init__(self, model: Any, ids_K: Tensor, base_KD: Tensor):
         super().__init__()
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
+        head = model.get_output_embeddings()
         weight = embedding.weight
         self.ids_K: Tensor
         self.base_KD: Tensor
@@ -48,7 +49,8 @@ class TicketRows(nn.Module):
         self.register_buffer("base_KD", base_KD.to(weight.device, weight.dtype), persistent=False)
         self.delta_KD = nn.Parameter(torch.zeros_like(self.base_KD))
         self._embedding = [embedding]  # in a list, since a module's modules are its children
-        padding, ids = getattr(embedding, "padding_idx", None), ids_K.tolist()
+        padding = getattr(embedding, "padding_idx", None)
+        ids = ids_K.tolist()
         self._padding_place = ids.index(padding) if padding in ids else None
         embedding.ticket_rows = self
         self._handles = [embedding.register_forward_hook(self._replace_rows)]

@@ -158,7 +158,8 @@ def patch(shard: Path, name: str, changes: list[Patch]) -> None:
     with shard.open("r+b") as file:
         header_size = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(header_size))[name]
-        dtype, start = DTYPES[entry["dtype"]], 8 + header_size + entry["data_offsets"][0]
+        dtype = DTYPES[entry["dtype"]]
+        start = 8 + header_size + entry["data_offsets"][0]
         for offset, values in changes:
             file.seek(start + offset * dtype.itemsize)
             file.write(_raw(values, dtype))

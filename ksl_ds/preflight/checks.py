@@ -61,7 +61,9 @@ class Checklist:
 
         None, and a failed line that names the hosts, when it raises UserError anywhere.
         """
-        detail, found, problem = "", None, None
+        detail = ""
+        found = None
+        problem = None
         try:
             detail, found = check()
         except UserError as error:
@@ -187,7 +189,11 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
         tokenizer = folder.tokenizer()
         prompt = Prompt(text.prompt, text.source_language, text.target_language, tokenizer)
         _ = folder.end_ids
-        every, digests, counts, longest, response = {}, [], [], 0, 0
+        every = {}
+        digests = []
+        counts = []
+        longest = 0
+        response = 0
         for name in ("train", "valid", "test"):
             if name == "valid" and not text.valid:
                 continue
@@ -244,7 +250,11 @@ def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | N
         return
     needs = rank_needs(method, training, plan.zero, distributed.world_size())
     taken = needs.device + (training.reserved if distributed.device().type == "cuda" else needs.host)
-    status = "ok" if taken <= SPARE * memory else "warning" if taken <= memory else "failed"
+    status = "failed"
+    if taken <= SPARE * memory:
+        status = "ok"
+    elif taken <= memory:
+        status = "warning"
     at_least = "" if method.working is not None else "more than "
     line = (
         f"{recipe.method} needs {at_least}{size(taken)} of {size(memory)} a rank, as estimated (ksl-ds estimate shows the "
@@ -309,7 +319,8 @@ def _probe_file(folder: Path) -> str | None:
 def disk_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> None:
     """Rank 0 can write what the run leaves: a model, of which unchanged files are linked where the disk allows."""
     there = _nearest(recipe)
-    free, needed = shutil.disk_usage(there).free, sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
+    free = shutil.disk_usage(there).free
+    needed = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     if not os.access(there, os.W_OK):
         checks.add("failed", "disk", f"{there} cannot be written")
         return

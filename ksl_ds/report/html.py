@@ -99,7 +99,8 @@ def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     untuned = stages.get(Stage.UNTUNED, {})
     copying = stages.get(Stage.COPYING_SOURCE, {})
     for stage in in_order(stages):
-        scores, name = stages[stage], label_of(stage)
+        scores = stages[stage]
+        name = label_of(stage)
         if stage in (Stage.UNTUNED, Stage.COPYING_SOURCE):
             continue
         if stopping := learned_to_stop(scores, untuned):
@@ -121,7 +122,8 @@ def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> st
     raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
     if raw < 0.5 or first >= raw / 2:
         return ""
-    line, share = f"only by {first:.1f} on the first line", "more than half"
+    line = f"only by {first:.1f} on the first line"
+    share = "more than half"
     if first <= 0.05:
         share = "all"
         line = f"but falls by {-first:.1f} on the first line" if first < -0.05 else "but not on the first line"

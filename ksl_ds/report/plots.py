@@ -213,7 +213,8 @@ def d_against(
 
     Whole numbers with a wide range go on a logarithmic axis that also holds zero.
     """
-    statistic_V, other_V = np.asarray(statistic_V), np.asarray(other_V)
+    statistic_V = np.asarray(statistic_V)
+    other_V = np.asarray(other_V)
     drawn_V = np.zeros(len(statistic_V), dtype=bool)
     drawn_V[list(drawn_K)] = True
     with style():

@@ -70,7 +70,8 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
     terminal = file.isatty()
     probe = Console(width=10_000, file=io.StringIO())
     space = Console(file=file).width if terminal else 10_000
-    width, left_out = probe.measure(table.rich()).maximum, 0
+    width = probe.measure(table.rich()).maximum
+    left_out = 0
     while width > space and left_out < sum(column.optional for column in table.columns):
         left_out += 1
         width = probe.measure(table.rich(left_out)).maximum

@@ -145,7 +145,8 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
         os.environ.setdefault(variable, str((run_dir / "wandb" / folder).absolute()))
     if not recipe.verbose:
         os.environ.setdefault("WANDB_SILENT", "true")
-    run, reason = None, ""
+    run = None
+    reason = ""
     try:
         (run_dir / "wandb").mkdir(exist_ok=True)  # wandb would fall back to the system's temporary folder
         run_id = wandb_run_id(run_dir)

@@ -145,7 +145,8 @@ class MergedAdapter:
     """
 
     def __init__(self, base: ModelCheckpoint, path: Path):
-        self.path, self._base = path, base
+        self.path = path
+        self._base = base
         self._config = _adapter_config(path)
         if not (path / ADAPTER_FILE).is_file():
             raise UserError(f"{path} is an adapter without {ADAPTER_FILE}; save it again with PEFT, as safetensors")
@@ -260,7 +261,8 @@ def open_checkpoints(before: ModelFolder, after: str | Path) -> tuple[ModelCheck
     UserError
         For a folder that is neither, and for two architectures.
     """
-    base, path = ModelCheckpoint(before), local_folder(after)
+    base = ModelCheckpoint(before)
+    path = local_folder(after)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return base, MergedAdapter(base, path)
     tuned = ModelCheckpoint(ModelFolder(path, trust_remote_code=before.trust_remote_code))

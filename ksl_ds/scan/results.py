@@ -52,10 +52,13 @@ def thresholds(plan: Plan, found: Found, alpha: float) -> Thresholds:
     num_rows = sum(len(count_T) for count_T in found.count_T)
     widths = sorted(rows_of)
     pvalue_of = {width: pvalues(torch.arange(width + 1), width) for width in widths}
-    every, number = torch.cat([pvalue_of[width] for width in widths]), torch.cat([rows_of[width] for width in widths])
-    every, number = every[number > 0], number[number > 0]
+    every = torch.cat([pvalue_of[width] for width in widths])
+    number = torch.cat([rows_of[width] for width in widths])
+    every = every[number > 0]
+    number = number[number > 0]
     order = every.argsort(stable=True)
-    every, number = every[order], number[order]
+    every = every[order]
+    number = number[order]
     # The rank of the last of equal p-values passes first; an earlier one of a run only where the last does too.
     passing = every[every <= number.cumsum(0) * (alpha / num_rows)]
     largest = float(passing.max()) if len(passing) else -1.0
@@ -75,7 +78,8 @@ def summary(
 ) -> dict[str, Any]:
     """What the rows of some tensors together show; the median shift ratio is that of the rows that moved."""
     ratios = torch.cat(list(ratio_T))
-    rows, moved = len(ratios), ratios[ratios > 0]
+    rows = len(ratios)
+    moved = ratios[ratios > 0]
     rejected = {
         rule: sum(int(levels.rejected(rule, tensor, k).sum()) for tensor, k in zip(tensors, count_T, strict=True))
         for rule in RULES

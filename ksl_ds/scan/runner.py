@@ -84,7 +84,8 @@ def make_plan(before: ModelCheckpoint, after: Checkpoint, rows: RowKind) -> Plan
     """
     plan = Plan([])
     head = before.head
-    shared, everywhere = before.names & after.names, before.names | after.names
+    shared = before.names & after.names
+    everywhere = before.names | after.names
     if head in everywhere - shared and before.embedding in shared:
         shared = shared | {str(head)}  # tied on one side: there its values are the embedding's
     order = {name: number for number, name in enumerate(dict(before.folder.meta_model.named_parameters()))}
@@ -92,7 +93,8 @@ def make_plan(before: ModelCheckpoint, after: Checkpoint, rows: RowKind) -> Plan
     buffers = before.buffers
     for name in sorted(shared, key=lambda name: (order.get(name, len(order)), name)):
         before_name, after_name = (name if name in side.names else before.embedding for side in (before, after))
-        shape, other_shape = before.shape(before_name), after.shape(after_name)
+        shape = before.shape(before_name)
+        other_shape = after.shape(after_name)
         if shape != other_shape:
             raise UserError(
                 f"{name} has shape {shape} in {before.path} and {other_shape} in {after.path}; only two checkpoints of one "

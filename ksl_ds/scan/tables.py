@@ -124,7 +124,8 @@ def _some(names: Sequence[str]) -> str:
 
 def reading(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not, a sentence each."""
-    kinds, alpha = results["kinds"], results["alpha"]
+    kinds = results["kinds"]
+    alpha = results["alpha"]
     most = max(kinds, key=lambda kind: kinds[kind]["share"]["nominal"])
     moved = max(kinds, key=lambda kind: kinds[kind]["median_shift_ratio"] or 0)
     sentences = []

@@ -68,7 +68,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep_last: int):
-        self.folder, self._keep_last = Path(folder), keep_last
+        self.folder = Path(folder)
+        self._keep_last = keep_last
 
     def save(self, step: int, training: TrainingState, state: dict[str, Any]) -> None:
         """Writes the checkpoint of `step`, `state` being what JSON can hold, and removes those beyond `keep_last`.
@@ -78,7 +79,8 @@ class Checkpoints:
         UserError
             On every rank, where it cannot be written; the checkpoints there were stay.
         """
-        draft, failure = self.folder / f".draft-{step:08d}", None
+        draft = self.folder / f".draft-{step:08d}"
+        failure = None
         self._on_main(step, lambda: self._make_room(draft))
         self._check_space(step, training)
         digests: dict[str, Any] = {}

@@ -43,7 +43,9 @@ def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -
         try:
             if lengths:
                 block = measure_shift(before_BD, after_BD, first_row=first)
-                count_R[rows], norm_R[rows], ratio_R[rows] = block.count_V, block.shift_norm_V, block.shift_ratio_V
+                count_R[rows] = block.count_V
+                norm_R[rows] = block.shift_norm_V
+                ratio_R[rows] = block.shift_ratio_V
             else:
                 count_R[rows] = row_counts(before_BD, after_BD, first_row=first).cpu()
         except ValueError as error:
@@ -147,8 +149,11 @@ class DrawMonitor:
     """
 
     def __init__(self, shard: RowShard, before_RD: Tensor, draw: Draw, *, seed: int, frequency_V: Tensor):
-        self._shard, self._before_RD, self._draw = shard, before_RD, draw
-        self._seed, self._frequency_V = seed, frequency_V
+        self._shard = shard
+        self._before_RD = before_RD
+        self._draw = draw
+        self._seed = seed
+        self._frequency_V = frequency_V
         self._last: set[int] = set()
         self._settled_draws = 0
         self._watched_since = time.perf_counter()
@@ -157,7 +162,8 @@ class DrawMonitor:
         """What the draw after `step` found, for the log, and whether the ticket has settled; nothing between draws."""
         if self._draw.every is None or step % self._draw.every:
             return {}, False
-        started, moved = time.perf_counter(), dataclasses.replace(self._shard.traffic)
+        started = time.perf_counter()
+        moved = dataclasses.replace(self._shard.traffic)
         lengths = bool(RULES[self._draw.selection].inputs & {"shift_norm_V", "shift_ratio_V"})
         shift = sharded_shift(self._shard, self._before_RD, lengths=lengths)
         ids_K = ids_of_draw(shift, self._draw, seed=self._seed, frequency_V=self._frequency_V)
@@ -187,4 +193,5 @@ class DrawMonitor:
         return {"last": sorted(self._last), "settled_draws": self._settled_draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last, self._settled_draws = set(state["last"]), state["settled_draws"]
+        self._last = set(state["last"])
+        self._settled_draws = state["settled_draws"]

@@ -142,7 +142,8 @@ class RowShard:
         Blocks may be live views of the weights; copy what shall stay. The pieces of broken rows travel when the first
         block is asked for.
         """
-        parts, own = self._parts(), Span(self.start, self.stop)
+        parts = self._parts()
+        own = Span(self.start, self.stop)
         if parts is None:
             weight_VD = master_part(self._parameter)[0].view(self.num_rows, self.row_length)
             for rows in blocks_of(own, num_rows):
@@ -173,8 +174,10 @@ class RowShard:
             self._write_everywhere(rows_RD)
             return
         parts = self._zero3_parts()
-        held, own = parts[distributed.rank()], self._elements(Span(self.start, self.stop))
-        flat_rows, flat = rows_RD.flatten(), torch.empty(held.size)
+        held = parts[distributed.rank()]
+        own = self._elements(Span(self.start, self.stop))
+        flat_rows = rows_RD.flatten()
+        flat = torch.empty(held.size)
         cut(flat, held, held & own).copy_(cut(flat_rows, own, held & own))
         # The way that rows are read, backwards.
         incoming, outgoing = self._moves(parts)
@@ -236,7 +239,8 @@ class RowShard:
         if all(span is None for span in spans):
             return None
         # A rank whose part of the optimizer holds none of this parameter has an empty span in its place.
-        parts, position = [], 0
+        parts = []
+        position = 0
         for span in spans:
             parts.append(Span(position, position) if span is None else Span(*span))
             position = parts[-1].stop

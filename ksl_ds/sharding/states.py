@@ -130,7 +130,9 @@ class MatrixState:
     any_world_size = True
 
     def __init__(self, engine: Any, matrix: nn.Parameter, label: Tensor):
-        self._engine, self._matrix, self._label = engine, matrix, label.cpu()
+        self._engine = engine
+        self._matrix = matrix
+        self._label = label.cpu()
         self._shard = RowShard(matrix)
         self._shape = (self._shard.num_rows, self._shard.row_length)
 

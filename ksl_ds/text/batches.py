@@ -112,14 +112,18 @@ class BatchOrder:
 
     def __init__(self, num_examples: int, batch_size: int, seed: int):
         self.steps_per_epoch = math.ceil(num_examples / batch_size)
-        self._num_examples, self._batch_size, self._seed = num_examples, batch_size, seed
-        self._epoch, self._order = -1, []  # type: tuple[int, list[int]]
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
 
     def batch(self, step: int) -> list[int]:
         """Indices of the global batch of `step`, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._num_examples, self._seed, epoch)
+            self._epoch = epoch
+            self._order = epoch_order(self._num_examples, self._seed, epoch)
         return self._order[position * self._batch_size : (position + 1) * self._batch_size]
 
 

@@ -90,7 +90,10 @@ class Prompt:
         template_text = self.render("x")
         self._anchor = template_text[-1]
         self._anchor_ids = self._tokens([self._anchor])[0]
-        self._gap = self._chat.gap() if self._chat else "" if self._anchor == "\n" else " "
+        if self._chat:
+            self._gap = self._chat.gap()
+        else:
+            self._gap = "" if self._anchor == "\n" else " "
         self._special = self._special_tokens(template_text)
         self._reads_like_special = re.compile(
             "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"

@@ -87,8 +87,10 @@ def score(
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    bleu, chrf = BLEU(tokenize=tokenize), CHRF(word_order=2)
-    folded, cut = [one_line(text) for text in hypotheses], [first_line(text) for text in hypotheses]
+    bleu = BLEU(tokenize=tokenize)
+    chrf = CHRF(word_order=2)
+    folded = [one_line(text) for text in hypotheses]
+    cut = [first_line(text) for text in hypotheses]
     folded_references = [[one_line(text) for text in references]]
     return Scores(
         bleu=bleu.corpus_score(folded, folded_references).score,

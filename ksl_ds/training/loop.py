@@ -96,7 +96,9 @@ def train(
     Interrupted
         On every rank, after a checkpoint, when one of them was asked to end.
     """
-    recipe, model, tracker = run.recipe, run.model, run.tracker
+    recipe = run.recipe
+    model = run.model
+    tracker = run.tracker
     examples = run.examples["train"]
     model.requires_grad_(False)
     for parameter in parameters:
@@ -131,7 +133,8 @@ def train(
                         f"({tuning.learning_rate}) or use training.precision=bf16 or fp32"
                     )
                 batch_tokens = sum(len(examples[index]) for index in indices)
-                outcome.steps, outcome.tokens = step + 1, outcome.tokens + batch_tokens
+                outcome.steps = step + 1
+                outcome.tokens = outcome.tokens + batch_tokens
                 outcome.losses.append(loss)
                 seconds = time.perf_counter() - step_started
                 numbers, outcome.settled = monitor(step + 1) if monitor is not None else ({}, False)
@@ -177,7 +180,8 @@ def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[i
     Returns the batch's mean loss of a response token, and whether any rank has received one of `signals` by its end; the
     same on every rank.
     """
-    examples, world_size = run.examples["train"], distributed.world_size()
+    examples = run.examples["train"]
+    world_size = distributed.world_size()
     run.model.train()
     keeps_logits = can_keep_logits(run.model)
     num_tokens = response_tokens([examples[index] for index in indices])
@@ -200,7 +204,8 @@ def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[i
 
 def _validate(run: RunContext, engine: Any, outcome: TrainingStats, last: bool) -> dict[str, Any]:
     """The validation loss where it is due, for the log and the outcome."""
-    training, valid = run.recipe.training, run.examples.get("valid", [])
+    training = run.recipe.training
+    valid = run.examples.get("valid", [])
     if not valid or not (last or (training.eval_every and outcome.steps % training.eval_every == 0)):
         return {}
     outcome.valid_loss = corpus_loss(engine, run.model, valid, run.pad_id, training.micro_batch_size)

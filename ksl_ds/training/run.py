@@ -117,7 +117,8 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
         names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
         corpora = {name: load_corpus(recipe.text, name, recipe.text_seed) for name in names}  # type: ignore[arg-type]
-        examples, text = {}, {}
+        examples = {}
+        text = {}
         for name, corpus in corpora.items():
             examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)
             corpus.dropped |= dropped

@@ -48,7 +48,8 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
     (`embed_tuning`), the test of all tokens (`draw.safetensors`) and a ticket that is not empty (`partial_transfer`); and
     the tuned weights in the model, unless the stage was done before.
     """
-    embedding, recipe = run.model.get_input_embeddings().weight, run.recipe
+    embedding = run.model.get_input_embeddings().weight
+    recipe = run.recipe
     checkpoints = run.dir / "checkpoints"
     if Stage.EMBED_TUNING in run.stages:
         return load_draw(run, shard)
@@ -101,7 +102,8 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
     """
     if Stage.PARTIAL_TUNING in run.stages:
         return
-    tuning, ids_K = run.recipe.partial_tuning, torch.tensor(ticket.token_ids)
+    tuning = run.recipe.partial_tuning
+    ids_K = torch.tensor(ticket.token_ids)
     base_KD = shard.read_rows(ids_K)
     trained_rows: TicketRows | TrainedRows
     distributed.reset_peak_memory()
@@ -112,7 +114,8 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
         def tuned_rows() -> Tensor:
             return ticket_rows.moved(RowShard(ticket_rows.delta_KD).read_rows(torch.arange(len(ids_K))))
     else:
-        trained_rows, ticket_rows = train_only_rows(run.model, ids_K, base_KD), None
+        trained_rows = train_only_rows(run.model, ids_K, base_KD)
+        ticket_rows = None
         parameters = [run.model.get_input_embeddings().weight]
 
         def tuned_rows() -> Tensor:
@@ -223,7 +226,8 @@ def run_stage(run: RunContext, stage: Stage, shard: RowShard, ticket: Ticket | N
 
 def load_draw(run: RunContext, shard: RowShard) -> tuple[Shift, Ticket]:
     """What an embed tuning that is done has left: the test of all tokens, and the ticket drawn from it."""
-    recipe, checkpoints = run.recipe, run.dir / "checkpoints"
+    recipe = run.recipe
+    checkpoints = run.dir / "checkpoints"
     with distributed.raise_on_all_ranks():
         shift = load_shift(checkpoints / DRAW_FILE)
         if (len(shift.count_V), shift.num_samples) != (shard.num_rows, shard.row_length):
