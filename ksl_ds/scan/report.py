@@ -88,7 +88,7 @@ def _write_report(results: Mapping[str, Any], path: Path) -> None:
             results, lambda cell: cell["largest_statistic"], lambda value: f"{value:.2g}", "largest D"
         ),
         "Median shift ratio of the rows that moved": heat_map(
-            results, lambda cell: cell["median_shift_ratio"], lambda value: f"{value:.1g}", "median shift ratio"
+            results, lambda cell: cell["median_shift_ratio"], lambda value: f"{value:.2g}", "median shift ratio"
         ),
     }
     drawn = [figure(caption, content, f"map{number}") for number, (caption, content) in enumerate(maps.items())]
