@@ -114,10 +114,12 @@ def shutdown() -> None:
 
 
 def rank() -> int:
+    """This process's global rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of ranks in the job."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -132,6 +134,7 @@ def is_local_rank0() -> bool:
 
 
 def barrier() -> None:
+    """Waits until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
 

@@ -124,6 +124,7 @@ def untuned_tokens(ids_L: Tensor, num_prompt: int, in_ticket_V: Tensor) -> Tenso
     num_prompt : int
         Tokens of the prompt, at least one.
     in_ticket_V : bool (V,)
+        Which tokens have rows in the ticket.
 
     Returns
     -------

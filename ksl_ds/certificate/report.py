@@ -41,7 +41,7 @@ SHOWN = 10  # counterexamples of a candidate in the report; counterexamples.json
 
 
 def candidate_name(row: Mapping[str, Any]) -> str:
-    """ "partial transfer, alpha 0.5", or the ticket that was given: "ticket (partial tuning), alpha 0.5"."""
+    """Such as "partial transfer, alpha 0.5"; for the ticket that was given, "ticket (partial tuning), alpha 0.5"."""
     name = label_of(row["candidate"])
     drawn = f"alpha {row['alpha']:g}" if row["selection"] == "alpha" else row["selection"]
     return f"ticket ({name}), {drawn}" if row["given"] else f"{name}, {drawn}"
@@ -84,7 +84,7 @@ def certificate_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def of_sentences(found: Mapping[str, Any]) -> str:
-    """60 of 64 [0.848, 0.983]; without an interval where there are too few sentences for one"""
+    """Such as "60 of 64 [0.848, 0.983]"; without an interval if there are too few sentences."""
     if not found["sentences"]:
         return DASH
     interval = found["interval"]

@@ -36,6 +36,7 @@ def main(ticket: str, other: str | None, published: str | None, limit: int | Non
 
 
 def load(path: str) -> Ticket:
+    """A ticket folder. Raises UserError."""
     try:
         return Ticket.load(path)
     except (OSError, ValueError) as error:
@@ -43,6 +44,7 @@ def load(path: str) -> Ticket:
 
 
 def show(ticket: Ticket, path: str, limit: int | None) -> None:
+    """Prints a ticket's rows, at most `limit` of them."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; it must be at least 1")
     rows = ticket_rows(

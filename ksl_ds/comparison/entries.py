@@ -30,6 +30,7 @@ class Entry:
 
     @property
     def spec(self) -> Method:
+        """The method of the entry."""
         return METHODS[self.method]
 
     @property
@@ -43,6 +44,7 @@ class Entry:
         return self.spec.stage
 
     def folder(self, home: Path, seed: int) -> Path:
+        """The run_dir of this entry with one seed."""
         return home / "runs" / f"{self.key}-seed{seed}"
 
     def recipe(self, recipe: Recipe, home: Path, seed: int, num_rows: int | None) -> Recipe:

@@ -111,6 +111,7 @@ def _seeds(seeds: list[str]) -> str:
 
 
 def baselines_tested(comparison: Mapping[str, Any]) -> list[Stage]:
+    """The baselines that the comparison has tests against."""
     return [name for name in BASELINES if name in comparison["tests"]]
 
 
@@ -169,6 +170,7 @@ def difference_table(results: Results) -> Table:
 
 
 def p_value(p: float) -> str:
+    """A p-value with three digits."""
     return f"{p:.3f}"
 
 

@@ -86,6 +86,8 @@ def key(default: Any, text: str) -> Any:
 
 @dataclass(config=STRICT)
 class Model:
+    """The model and where it comes from."""
+
     path: Line = key(MISSING, "folder or Hub id of a Hugging Face causal language model")
     revision: Line | None = key(None, "branch, tag or commit of a Hub model")
     trust_remote_code: bool = key(False, "run Python code that the model's repository ships")
@@ -96,6 +98,8 @@ class Model:
 
 @dataclass(config=STRICT)
 class Text:
+    """Parallel text: files or Hub datasets, columns, languages, prompt, limits."""
+
     train: list[Line] = key(
         [], "one file (.jsonl .csv .tsv .po, also .gz; .parquet) or Hub id, or two line-aligned text files"
     )
@@ -120,6 +124,8 @@ class Text:
 
 @dataclass(config=STRICT)
 class Training:
+    """Settings that all training methods share: batch sizes in pairs, precision, clipping, logging."""
+
     batch_size: BatchSize = key(128, "pairs in a global batch: over all ranks and accumulation steps")
     micro_batch_size: BatchSize = key(8, "pairs that one rank runs at once; the accumulation steps follow from it")
     precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; the optimizer keeps fp32")
@@ -131,6 +137,8 @@ class Training:
 
 @dataclass(config=STRICT)
 class Tuning:
+    """AdamW and its schedule, for one training method."""
+
     learning_rate: Positive = key(1e-3, "peak learning rate of AdamW")
     epochs: Amount = key(3.0, "passes over the training text")
     max_steps: Count | None = key(None, "optimizer steps; replaces epochs when given")
@@ -143,11 +151,15 @@ class Tuning:
 
 @dataclass(config=STRICT)
 class EmbedTuning(Tuning):
+    """Method embed: the whole input embedding."""
+
     learning_rate: Positive = key(2e-5, "peak learning rate of AdamW; 2e-5 suits a 7B model, small ones need more")
 
 
 @dataclass(config=STRICT)
 class PartialTuning(Tuning):
+    """Method ticket: the ticket's rows only."""
+
     learning_rate: Positive = key(1e-2, "peak learning rate of AdamW")
     epochs: Amount = key(5.0, "passes over the training text")
     mode: Literal["rows", "hooks"] = key(
@@ -157,11 +169,15 @@ class PartialTuning(Tuning):
 
 @dataclass(config=STRICT)
 class FullTuning(Tuning):
+    """Method full: every parameter."""
+
     learning_rate: Positive = key(2e-5, "peak learning rate of AdamW")
 
 
 @dataclass(config=STRICT)
 class Lora(Tuning):
+    """Method lora, by PEFT."""
+
     learning_rate: Positive = key(2e-4, "peak learning rate of AdamW")
     r: Rank = key(8, "rank of the update")
     lora_alpha: Count = key(16, "the update is scaled by lora_alpha / r")
@@ -171,12 +187,16 @@ class Lora(Tuning):
 
 @dataclass(config=STRICT)
 class Prefix(Tuning):
+    """Method prefix, by PEFT."""
+
     learning_rate: Positive = key(1e-2, "peak learning rate of AdamW")
     num_virtual_tokens: Rank = key(20, "trained key/value positions before the prompt, in every layer")
 
 
 @dataclass(config=STRICT)
 class EarlyStopping:
+    """When embed tuning stops because the ticket no longer changes."""
+
     overlap: Annotated[float, Field(gt=0, le=1)] = key(
         0.95, "least Jaccard overlap of a draw's ticket with the one before"
     )
@@ -185,6 +205,8 @@ class EarlyStopping:
 
 @dataclass(config=STRICT)
 class Draw:
+    """The KS test and the selection rule."""
+
     selection: Selection = key("alpha", f"how rows are chosen: {_rules_help()}")
     alpha: Alpha = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
     method: Literal["exact", "asymp"] = key(
@@ -199,6 +221,8 @@ class Draw:
 
 @dataclass(config=STRICT)
 class Evaluation:
+    """Translation of the test text and its scores."""
+
     batch_size: BatchSize = key(16, "prompts that one rank translates at once")
     num_beams: Rank = key(1, "1 is greedy search; the paper reports 4")
     max_new_tokens: Count = key(256, "longest translation in tokens")
@@ -210,6 +234,8 @@ class Evaluation:
 
 @dataclass(config=STRICT)
 class Certify:
+    """The certificate."""
+
     alphas: list[Alpha] = key(
         [0.05, 0.25, 0.5, 0.75, 0.95],
         "levels whose partial transfer is compared with the reference; a ticket adds its own",
@@ -218,6 +244,8 @@ class Certify:
 
 @dataclass(config=STRICT)
 class Tracking:
+    """wandb."""
+
     wandb: Literal["auto", "online", "offline", "off"] = key(
         "auto", "auto: online where there is a key and a network, else offline"
     )
@@ -228,6 +256,8 @@ class Tracking:
 
 @dataclass(config=STRICT)
 class Compare:
+    """What `compare` trains and tests."""
+
     methods: list[ComparedMethod] = key(
         [
             "untuned", "full", "embed", "transfer", "ticket", "frequency", "random", "shift_norm", "shift_ratio", "newline",
@@ -247,6 +277,8 @@ class Compare:
 
 @dataclass(config=STRICT)
 class Checkpoint:
+    """Checkpoints within a training run."""
+
     every: Count | None = key(
         None, "steps between two checkpoints of a training; empty: only when SIGTERM or SIGUSR1 asks the run to end"
     )

@@ -175,5 +175,5 @@ def explain_empty(shift: Shift, alpha: float, method: PValueMethod = "exact") ->
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
+    """The name of a dtype without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -101,10 +101,14 @@ class Ticket:
 
         Parameters
         ----------
-        folder : a new folder, or an older ticket's, which is replaced
-        module_name : the input embedding's name within the base model, such as "model.embed_tokens"
-        tied_module_name : the output head's name where it is tied to the embedding, such as "lm_head"
-        base_model : folder or Hub id of the base model, by which `AutoPeftModelForCausalLM.from_pretrained(folder)` finds
+        folder
+            A new folder, or a ticket's, which is replaced.
+        module_name
+            The input embedding's name in the base model, such as "model.embed_tokens".
+        tied_module_name
+            The output head's name if it is tied to the embedding, such as "lm_head".
+        base_model
+            Folder or Hub id of the base model, by which `AutoPeftModelForCausalLM.from_pretrained(folder)` finds
             it; by default what `source` names as `base` or `before`. It is recorded as `source["base"]`
 
         Raises

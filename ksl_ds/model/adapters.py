@@ -34,7 +34,12 @@ def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
 
     Parameters
     ----------
-    model_config : transformers' config of the model
+    model_config
+        The model's transformers config.
+    recipe
+        Gives the adapter's section and the precision.
+    method
+        lora or prefix.
 
     Raises
     ------

@@ -202,11 +202,16 @@ def step_bytes(
 
     Parameters
     ----------
-    model : on the meta device; what requires a gradient trains. A gradient is dropped once it is complete, as ZeRO does
-    batch_size, length : B and L, prompt and response together
-    response_length : of the L positions, those whose logits the loss reads
-    checkpointing : recompute each layer in the backward pass
-    linear : stands in for torch.nn.functional.linear; ZeRO-3 has one that keeps the input even of frozen weights
+    model
+        The model on the meta device; parameters with requires_grad train. Complete gradients are freed, as ZeRO does.
+    batch_size, length
+        B pairs of L tokens, prompt and response together.
+    response_length
+        How many of the L positions the loss reads logits of.
+    checkpointing
+        Recompute each layer in the backward pass.
+    linear
+        Replaces torch.nn.functional.linear; ZeRO-3's saves the input even for frozen weights.
 
     Raises
     ------

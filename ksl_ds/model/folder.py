@@ -499,13 +499,19 @@ def write_model(
 
     Parameters
     ----------
-    replace : by name in the files; a name that `base` lacks (an untied head) is added in a shard of its own
-    config_updates : keys of config.json to set, there and in a nested text_config that has them
+    base
+        The model folder to copy.
+    out
+        The folder to create.
+    replace
+        New values by tensor name; a name that `base` lacks (an untied head) is added in its own shard.
+    config_updates
+        Keys of config.json to set, also in a nested text_config that has them.
 
     Raises
     ------
     UserError
-        Where `out` exists, or a tensor has another shape than the one it replaces.
+        If `out` exists, or a tensor's shape differs from the one it replaces.
     """
     for name, tensor in replace.items():
         if name in base.shard_of and tuple(tensor.shape) != base.shape(name):

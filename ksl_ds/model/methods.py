@@ -21,9 +21,14 @@ def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any
 
     Parameters
     ----------
-    model_config : transformers' config
-    zero_config : DeepSpeed's configuration
-    method : as `recipe.method`; None where no adapter is asked for
+    recipe
+        Gives the adapter's section and the precision.
+    model_config
+        The model's transformers config.
+    zero_config
+        The DeepSpeed configuration.
+    method
+        As `recipe.method`; None for no adapter.
 
     Raises
     ------

@@ -94,12 +94,15 @@ class Shards:
 
     @property
     def tensor_names(self) -> list[str]:
+        """Names of all tensors, sorted."""
         return sorted(self.shard_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor. Raises UserError for a quantised one."""
         kind = self._slice(name).get_dtype()
         if kind not in DTYPES:
             raise UserError(f"{self.path}: {name} is stored as {kind}, which is not supported; give the 16-bit model")
@@ -143,6 +146,7 @@ class Shards:
 
 
 def link_or_copy(source: Path, target: Path, *, link: bool) -> None:
+    """Makes `target` a hard link to `source` if `link` and the file system allow it, else a copy."""
     source = source.resolve()  # in the Hub's cache files are symbolic links
     if link:
         try:
@@ -166,6 +170,17 @@ def patch(shard: Path, name: str, changes: list[Patch]) -> None:
 
 
 def write_shard(shard: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
+    """Writes a safetensors file with one tensor, block by block.
+
+    Parameters
+    ----------
+    shard
+        The file to create.
+    name, dtype, shape
+        Of the tensor.
+    blocks
+        Its values: consecutive rows, converted to `dtype`.
+    """
     kind = next(kind for kind, known in DTYPES.items() if known is dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
     header = json.dumps(

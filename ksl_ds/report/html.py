@@ -45,6 +45,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
+        """The fragment by which the contents link to the section."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
@@ -131,6 +132,7 @@ def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> st
 
 
 def known(one: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
+    """Whether both stages have all of these scores."""
     return all(scores.get(key) is not None for scores in (one, other) for key in keys)
 
 
@@ -167,8 +169,12 @@ def write_report(
 
     Parameters
     ----------
+    path
+        The HTML file to write.
     title, summary
         The heading, and the run in one sentence (see `what_was_run`).
+    recipe_yaml
+        The recipe, shown at the end.
     stages
         Scores by stage as in results.json; put `copying_source` among them.
     ticket_rows

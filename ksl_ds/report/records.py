@@ -36,6 +36,8 @@ class Stage(Scores):
 
 
 class TextPart(Record):
+    """One of a run's texts: training, validation or test."""
+
     pairs: Count
     dropped: dict[str, Count]
     sha256: str
@@ -84,11 +86,15 @@ class Tested(Record):
 
 
 class Metrics(Record):
+    """Tests by metric, on one text."""
+
     __pydantic_extra__: dict[str, Tested]
     bleu: Tested
 
 
 class SeedTest(Record):
+    """Tests of one seed, on the whole outputs and on their first lines."""
+
     whole: Metrics
     first_line: Metrics
 
@@ -103,6 +109,8 @@ class EntryRun(Record):
 
 
 class Comparison(Record):
+    """The `comparison` section of a comparison's results.json."""
+
     order: list[str]
     seeds: list[int]
     runs: dict[str, dict[str, EntryRun]]

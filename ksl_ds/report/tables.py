@@ -106,7 +106,7 @@ def _or_dash(show: Callable[[Any], str]) -> Callable[[Any], str]:
 
 @_or_dash
 def count(value: Any) -> str:
-    """28,311,552"""
+    """Such as 28,311,552."""
     return f"{value:,.0f}"
 
 
@@ -118,7 +118,7 @@ def probability(value: Any) -> str:
 
 @_or_dash
 def duration(value: Any) -> str:
-    """45 s, 3 min 20 s, 2 h 05 min; a dash where nothing was done"""
+    """Such as 45 s, 3 min 20 s, 2 h 05 min; a dash for 0."""
     seconds = round(value)
     if value == 0:
         return DASH
@@ -131,13 +131,13 @@ def duration(value: Any) -> str:
 
 @_or_dash
 def memory(value: Any) -> str:
-    """1.25 GiB; a dash where nothing was measured"""
+    """Such as 1.25 GiB; a dash for 0."""
     return f"{value / 2**30:.2f} GiB" if value else DASH
 
 
 @_or_dash
 def size(value: Any) -> str:
-    """512 B, 3.1 KiB, 17.5 GiB, 1,200 GiB: bytes of any magnitude; a dash for none"""
+    """Bytes of any magnitude: 512 B, 3.1 KiB, 17.5 GiB, 1,200 GiB; a dash for 0."""
     if value == 0:
         return DASH
     for power, unit in enumerate(("B", "KiB", "MiB")):

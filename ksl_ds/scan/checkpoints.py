@@ -30,11 +30,17 @@ class Checkpoint(Protocol):
     path: Path
 
     @property
-    def names(self) -> set[str]: ...
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor."""
+        ...
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """The part of a tensor; may be a view of the mapped file."""
@@ -61,27 +67,34 @@ class ModelCheckpoint:
 
     @property
     def names(self) -> set[str]:
+        """Names of the tensors."""
         return set(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
         return self.folder.shape(self._stored[name])
 
     def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor."""
         return self.folder.dtype(self._stored[name])
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """The part of a tensor; may be a view of the mapped file."""
         return self.folder.read_slices(self._stored[name], slices)
 
     @property
     def embedding(self) -> str:
+        """Name of the input embedding's weight."""
         return f"{self.folder.embedding_module}.weight"
 
     @property
     def head(self) -> str | None:
+        """Name of the output head's weight; None if the model has none."""
         return self.folder.head_module and f"{self.folder.head_module}.weight"
 
     @property
     def buffers(self) -> set[str]:
+        """Names of the tensors that are buffers."""
         return {name for name, stored in self._stored.items() if stored in self.folder.buffer_names}
 
     @cached_property
@@ -201,15 +214,19 @@ class MergedAdapter:
 
     @property
     def names(self) -> set[str]:
+        """Names of the tensors."""
         return self._base.names | self._replaced.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
         return self._file.shape(self._replaced[name]) if name in self._replaced else self._base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor, as in the base model."""
         return self._base.dtype(name if name in self._base.names else self._base.embedding)
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """The part of a tensor, with LoRA's update added."""
         if name in self._replaced:
             part = self._file.read_slices(self._replaced[name], slices).to(self.dtype(name))
         else:

@@ -53,6 +53,7 @@ class ScannedTensor:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return torch.Size(self.row_shape).numel()
 
 

@@ -30,7 +30,7 @@ TICKET_SHOWN = 40
 
 
 def percent(value: float) -> str:
-    """12.3 %, 0.0004 %, 0 %"""
+    """Such as 12.3 %, 0.0004 %, 0 %."""
     return f"{100 * value:.1f} %" if value >= 0.001 else f"{100 * value:.1g} %"
 
 

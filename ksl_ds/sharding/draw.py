@@ -193,5 +193,6 @@ class DrawMonitor:
         return {"last": sorted(self._last), "settled_draws": self._settled_draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
         self._last = set(state["last"])
         self._settled_draws = state["settled_draws"]

@@ -88,10 +88,12 @@ def accumulation_steps(recipe: Recipe) -> int:
 
 
 def stage_of(config: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed configuration; 0 if it names none."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def adamw(parameters: list[nn.Parameter], tuning: Tuning) -> torch.optim.AdamW:
+    """Torch's fused AdamW with a recipe's settings."""
     return torch.optim.AdamW(
         parameters,
         lr=tuning.learning_rate,

@@ -24,6 +24,7 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return self.stop - self.start
 
 

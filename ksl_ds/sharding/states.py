@@ -42,6 +42,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         self.written: list[Path] = []
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Writes one file. Keeps an OSError in `failure` instead of raising it."""
         try:
             super().save(_without_enums(state_dict), path)
             self.written.append(Path(path))
@@ -51,6 +52,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
             self.failure = OSError(str(error))
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        """Reads one file by torch's restricted unpickler."""
         with torch.serialization.safe_globals(_deepspeed_classes()):
             return torch.load(path, map_location=map_location, weights_only=True)
 
@@ -92,6 +94,7 @@ class EngineState:
         self._engine = engine
 
     def bytes_of_rank(self) -> int:
+        """About how many bytes this rank will write."""
         moments = sum(moment.nbytes for moment in optimizer_tensors(self._engine))
         weights = 0
         if distributed.is_rank0():  # it alone writes weights that are not partitioned
@@ -111,6 +114,7 @@ class EngineState:
         return writer.written
 
     def load(self, folder: Path) -> None:
+        """Restores what `save` wrote. Raises UserError on every rank for a file that would run code."""
         _refuse_code(folder)
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
         # Not strict: the frozen weights are not there.
@@ -137,9 +141,11 @@ class MatrixState:
         self._shape = (self._shard.num_rows, self._shard.row_length)
 
     def bytes_of_rank(self) -> int:
+        """About how many bytes this rank will write."""
         return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if distributed.is_rank0() else 0
 
     def save(self, folder: Path) -> list[Path]:
+        """Writes the matrix, its moments and the schedule, on rank 0. Collective."""
         scheduler = self._engine.lr_scheduler.state_dict()
         numbers = {
             "scheduler_epoch": scheduler["last_epoch"],
@@ -157,6 +163,7 @@ class MatrixState:
         return [folder / MATRIX_FILE]
 
     def load(self, folder: Path) -> None:
+        """Restores what `save` wrote. Raises UserError on every rank for a checkpoint of other rows."""
         with distributed.raise_on_all_ranks():
             try:
                 tensors = safetensors.torch.load_file(folder / MATRIX_FILE)

@@ -68,8 +68,14 @@ def check_positions(
 
     Parameters
     ----------
-    positions : None for a model without such a limit
-    virtual_tokens : of prefix tuning, which stand before every prompt
+    examples
+        Tokenized pairs by text: "train", "valid", "test".
+    positions
+        The model's position embeddings; None for a model without such a limit.
+    max_new_tokens
+        Longest translation of the test text.
+    virtual_tokens
+        Positions that prefix tuning puts before every prompt.
 
     Raises
     ------

@@ -167,7 +167,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """The lines of a text file without their ends and without a byte order mark; "\\r" alone ends no line."""
+    """The lines of a text file without line ends and byte order mark; a carriage return alone does not end a line."""
     number = 0
     with _opened(path) as file:
         while line := file.readline(MOST_CHARACTERS + 2):

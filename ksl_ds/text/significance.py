@@ -43,11 +43,16 @@ def paired_bootstrap(
 
     Parameters
     ----------
-    systems : hypotheses by name, one a sentence and in the order of the references
-    references : one a sentence
-    baseline : a name in `systems`
-    tokenize : sacrebleu's tokenizer for BLEU
-    metrics : which of "bleu" and "chrf"; a system takes about a second for each
+    systems
+        Hypotheses by name, in the order of the references.
+    references
+        One reference per sentence.
+    baseline
+        A name in `systems`.
+    tokenize
+        sacrebleu's tokenizer for BLEU.
+    metrics
+        Any of "bleu" and "chrf". One metric of one system takes about a second.
 
     Returns
     -------

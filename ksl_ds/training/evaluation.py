@@ -42,13 +42,22 @@ def evaluate_stage(
     outcome: TrainingStats | None = None,
     tuned: Path | None = None,
 ) -> None:
-    """Test loss and scores of the model as it stands, into `results.json` and `translations/STAGE/`: the stage is done.
+    """Scores the model as it is on the test text and records the stage as complete, unless it already is.
+
+    Writes `results.json` and `translations/STAGE/`. Collective.
 
     Parameters
     ----------
-    trained_parameters : how many numbers of the model differ from the base model's, or may
-    outcome : what its training cost, where there was one
-    tuned : folder that the training left
+    run
+        The open run, which holds the model.
+    stage
+        The stage to record.
+    trained_parameters
+        Number of parameters that training may have changed.
+    outcome
+        The stage's training statistics, if it trains.
+    tuned
+        Folder of what the training saved.
     """
     if stage in run.stages:
         return

@@ -51,6 +51,7 @@ def response_nll(model: Callable[..., Any], batch: dict[str, Tensor], keeps_logi
 
 
 def can_keep_logits(model: nn.Module) -> bool:
+    """Whether the model computes logits of chosen positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 

@@ -61,6 +61,7 @@ class RunContext:
 
     @property
     def dir(self) -> Path:
+        """The run folder."""
         return Path(self.recipe.run_dir)
 
     @property
@@ -70,9 +71,11 @@ class RunContext:
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
+        """The completed stages in results.json, by stage."""
         return self.results["stages"]
 
     def save_results(self) -> None:
+        """Writes results.json, on rank 0. Collective."""
         distributed.run_on_rank0(lambda: write_json(self.dir / "results.json", self.results))
 
     def checkpoints(self, stage: Stage) -> Checkpoints:
@@ -82,12 +85,16 @@ class RunContext:
 
 @contextmanager
 def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) -> Iterator[RunContext]:
-    """Checks the recipe against the world, loads text and model, and creates the run folder.
+    """Checks the recipe against machine and inputs, loads text and model, and creates the run folder. Collective.
 
     Parameters
     ----------
-    trains : whether training text is needed
-    method : of `recipe.method`, the one that will train, where that is known; checked against the architecture
+    recipe
+        The run's recipe, already checked in itself.
+    trains
+        Whether training text is needed.
+    method
+        The training method, as `recipe.method`, if only one trains; it is checked against the architecture.
 
     Raises
     ------

@@ -201,12 +201,18 @@ def transfer_ticket(run: RunContext, shard: RowShard, ticket: Ticket, folder: Pa
 
 
 def run_stage(run: RunContext, stage: Stage, shard: RowShard, ticket: Ticket | None = None) -> None:
-    """Runs one stage from the base weights, which the model holds: trains, saves, scores. Done ones are left alone.
+    """Trains, saves and scores one stage. The model must hold the base weights. Completed stages are skipped.
 
     Parameters
     ----------
-    shard : this rank's rows of the input embedding
-    ticket : for partial transfer, where it lies in the run's `ticket/`, and for partial tuning
+    run
+        The open run, which holds the model.
+    stage
+        The stage to run.
+    shard
+        This rank's rows of the input embedding.
+    ticket
+        For partial transfer (the one in the run's `ticket/`) and partial tuning.
     """
     if stage is Stage.UNTUNED:
         evaluate_stage(run, stage, trained_parameters=0)

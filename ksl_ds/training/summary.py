@@ -49,13 +49,18 @@ def scan_result(run: RunContext) -> None:
 
 
 def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> None:
-    """Ends a lottery: tables on the screen, results.json, report.html.
+    """Ends a lottery run: prints the tables, writes results.json and report.html.
 
     Parameters
     ----------
-    shift : what the KS test of the embed tuning found
-    drawn : the ticket drawn from it, with the rows of embed tuning
-    frequency_V : int64 (V,), how often each token occurs in the training text
+    run
+        The open run, with all stages complete.
+    shift
+        The KS test of embed tuning.
+    drawn
+        The ticket drawn from it, with the rows of embed tuning.
+    frequency_V
+        int64 (V,): how often each token occurs in the training text.
     """
     rows = ticket_rows(
         drawn.token_ids,
