@@ -1,4 +1,4 @@
-"""Winning tickets in language models: find the few embedding rows that carry a fine-tuning, and train only those."""
+"""KS-Lottery on DeepSpeed: find the few embedding rows that fine-tuning shifts, and train only those."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["KSResult", "Ticket", "critical_count", "draw_ticket", "ks_2samp", "t
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library prints nothing
 
-# Imported when first used, so that `ksl-ds --help` does not wait for torch.
+# Imported on first use, so that `ksl-ds --help` does not import torch.
 _HOMES = {
     "KSResult": "ksl_ds.lottery.ks",
     "ks_2samp": "ksl_ds.lottery.ks",

@@ -29,7 +29,7 @@ VERSIONS_OF = (
 
 
 def hardware_and_versions() -> dict[str, Any]:
-    """What a run ran on: versions of the libraries, processor, accelerator, ranks, git commit. No host or user name."""
+    """Library versions, processor, accelerators, ranks and git commit for results.json. No host or user name."""
     versions = {}
     for name in VERSIONS_OF:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -56,7 +56,7 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit checked out in the working directory, with `-dirty` where tracked files differ from it."""
+    """The commit of the working directory, with `-dirty` if tracked files differ from it."""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,4 +1,4 @@
-"""The exceptions that end a run with one line, never with a traceback."""
+"""Exceptions that end a run with one line instead of a traceback."""
 
 import re
 
@@ -6,7 +6,7 @@ LONGEST_SENTENCE = 2000
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of bearable length: what stands in the middle of a long one is left out."""
+    """`text` as one line; the middle of a long one is cut out."""
     text = " ".join(text.split())
     if len(text) <= LONGEST_SENTENCE:
         return text
@@ -15,20 +15,20 @@ def one_line(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library's error says, as part of a sentence: all its lines in one, without names of classes."""
+    """A library's error message as part of a sentence: one line, without class names."""
     text = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", " ".join(str(error).split()))
     if isinstance(error, KeyError):
-        text = f"it has or names no {text}"
+        text = f"unknown or missing key {text}"
     text = text or type(error).__name__
     return (text if len(text) <= 300 else text[:300] + "...").rstrip(".:")
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or a command line. The message says what is wrong, where, and what to do."""
+    """A mistake in a recipe, file or command line. The message says what is wrong, where, and what to do."""
 
 
 class MistakeOfThisRank(UserError):
-    """A mistake that concerns this rank only, such as one in its environment. Each rank prints its own."""
+    """A UserError of this rank only, such as in its environment. Each rank prints its own."""
 
 
 class Interrupted(Exception):

@@ -60,7 +60,7 @@ def _stage(error: BaseException) -> str | None:
 
 
 def _write(name: str, text: str, run_dir: Path | None) -> Path | None:
-    """Writes to run_dir once it holds a run (a new one must stay empty), else to the working or temporary directory."""
+    """Writes to run_dir if it holds a run (a new one must stay empty), else to the working or temporary directory."""
     started = run_dir is not None and (run_dir / "recipe.yaml").is_file()
     folders = [run_dir] if run_dir and started else []
     for folder in (*folders, Path(), Path(tempfile.gettempdir())):

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read with one sentence for whatever is wrong with them."""
+"""Atomic writes, and readers that raise UserError with one sentence."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Count = Annotated[int, Field(ge=0, le=2**63)]
 
 
 class Record(BaseModel):
-    """An object of one of our JSON files. Unknown keys are allowed; types are taken literally (no "3" for 3)."""
+    """An object in one of our JSON files. Unknown keys are allowed; types are strict ("3" is not 3)."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 def checked(content: Content, model: type[Record], where: str) -> Content:
-    """`content` itself. Raises UserError where it is not what `model` describes; `where` is the file, and perhaps a line."""
+    """Returns `content` if it fits `model`, else raises UserError; `where` is the file, perhaps with a line."""
     try:
         model.model_validate(content)
     except ValidationError as error:
@@ -40,13 +40,13 @@ def checked(content: Content, model: type[Record], where: str) -> Content:
         why = {"missing": "is missing", "model_type": "should be an object, {...}"}.get(first["type"], why)
         why = why.replace("valid dictionary", "valid object, {...}")
         raise UserError(
-            f"{where}: {key}{why[0].lower() + why[1:]}; the file was changed or is of another kind"
+            f"{where}: {key}{why[0].lower() + why[1:]}; the file was changed or is another kind of file"
         ) from None
     return content
 
 
 def read_text(path: Path) -> str:
-    """A whole text file. Raises UserError where it cannot be read or is not UTF-8."""
+    """The content of a text file. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -56,26 +56,26 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What a JSON text holds. Raises UserError, naming `where`, for text that is not JSON; NaN and Infinity are not."""
+    """Parses strict JSON (no NaN, no Infinity). Raises UserError naming `where`."""
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not a number of JSON")
+        raise ValueError(f"{name} is not a JSON number")
 
     try:
         content = json.loads(text, parse_constant=refuse)
-        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which no output can show
+        json.dumps(content, ensure_ascii=False).encode()  # fails for a lone surrogate, which cannot be written
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     return content
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8. Raises UserError."""
+    """Parses a JSON file. Raises UserError."""
     return parse_json(read_text(path), str(path))
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be written or read, in a few words and without the names of our drafts."""
+    """Why a file cannot be written or read, briefly and without the names of temporary files."""
     if isinstance(error, shutil.Error):  # a list of (source, target, why)
         return str(error.args[0][0][2]).partition(": ")[0]
     if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors'
@@ -84,18 +84,12 @@ def reason(error: Exception) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file in UTF-8 or nothing; see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8", errors="replace"))  # half a surrogate pair becomes "?"
+    """Writes a UTF-8 text file atomically; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))  # a lone surrogate becomes "?"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a whole file or nothing.
-
-    Raises
-    ------
-    UserError
-        When it cannot be written; an older file of that name is then as it was.
-    """
+    """Writes a file atomically. Raises UserError if that fails; an existing file is then unchanged."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
     try:
@@ -112,7 +106,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
+    """Calls fsync on a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,7 +115,7 @@ def sync(path: Path) -> None:
 
 
 def clean(value: Any) -> Any:
-    """`value` as JSON can hold it: dataclasses as dicts, arrays as lists, paths as text, NaN and infinities as None."""
+    """`value` for JSON: dataclasses as dicts, arrays as lists, paths as text, NaN and infinity as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -136,16 +130,16 @@ def clean(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes sorted, indented JSON, whole or not at all; see `clean` for what becomes of values. Raises UserError."""
+    """Writes sorted, indented JSON atomically, after `clean`. Raises UserError."""
     text = json.dumps(clean(content), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well and vanishes when it does not.
+    """Yields a temporary folder that is renamed to `target` at the end of the block, or deleted on an exception.
 
-    An existing `target` stays as it is until the new one is complete on disk; it is then moved aside and removed.
+    An existing `target` is replaced only when the new folder is complete on disk.
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +169,7 @@ READ_AT_ONCE = 1 << 24
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read block by block."""
+    """SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(READ_AT_ONCE):

@@ -1,6 +1,6 @@
-"""Messages of the command line: the records of `logging.getLogger("ksl_ds")`, on stderr, from rank 0.
+"""The command line's log handler: records of `logging.getLogger("ksl_ds")` go to stderr on rank 0.
 
-Without this handler, as in a program that uses ksl_ds as a library, nothing is printed.
+A program that uses ksl_ds as a library has no such handler, so nothing is printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOGGER = logging.getLogger("ksl_ds")
 
 
 class _Rank0Handler(logging.Handler):
-    """Writes above progress bars; whatever is no plain message begins with its level, such as `warning: `."""
+    """Writes above progress bars; levels other than INFO are prefixed, such as `warning: `."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") != "0":
@@ -35,7 +35,7 @@ def messages_on_stderr() -> Iterator[None]:
     propagate = LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False  # a library's handler of the root logger would print everything twice
+    LOGGER.propagate = False  # a root handler that some library installs would print everything twice
     try:
         yield
     finally:

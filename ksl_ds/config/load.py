@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def dotted_keys(section: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key of a recipe class in dotted form, with its default, and its help text with its range."""
+    """All keys of a recipe class, dotted, with default and help text (description and range)."""
     keys: dict[str, tuple[Any, str]] = {}
     for name, annotation in _annotations(section).items():
         entry = section.__pydantic_fields__[name]  # type: ignore[attr-defined]
@@ -53,9 +53,9 @@ def _limits(annotation: Any) -> list[str]:
 
 
 def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two recipes differ and a training may depend on, with both values.
+    """The dotted keys that differ between two recipes and that training may depend on, with both values.
 
-    Each is a Recipe, or one as results.json records it.
+    Each is a Recipe or the mapping that results.json records.
     """
 
     def flat(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -78,7 +78,7 @@ def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def shipped_file(name: str, folder: str) -> Path:
-    """The file `name` as a path; a bare name that is no file here is one of those shipped in `folder`, if there."""
+    """The path `name`; a bare name that is not a file here means the one shipped in `folder`, if it exists."""
     shipped = PACKAGE_DIR / folder / name
     if os.path.basename(name) == name and not os.path.exists(name) and os.path.isfile(shipped):
         return shipped
@@ -86,20 +86,14 @@ def shipped_file(name: str, folder: str) -> Path:
 
 
 def shipped_hint(name: str, folder: str) -> str:
-    """For a file that is not there: the name to give where one so called is shipped in `folder`."""
+    """For a missing file: the bare name to use if one of that name is shipped in `folder`."""
     bare = os.path.basename(name)
     shipped = os.path.isfile(PACKAGE_DIR / folder / bare)
-    return f"; for the one that comes with ksl_ds give {bare} alone" if shipped else ""
+    return f"; for the file shipped with ksl_ds use the bare name {bare}" if shipped else ""
 
 
 def with_current_names(given: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's mapping in which renamed keys have their current names.
-
-    Raises
-    ------
-    UserError
-        Where a key is given by both of its names.
-    """
+    """A recipe's mapping with old key names replaced. Raises UserError if a key has both of its names."""
     current = dict(given)
     for old, new in RENAMED.items():
         section, _, old_short = old.partition(".")
@@ -126,7 +120,7 @@ def _word_with_current_name(word: str) -> str:
 
 
 def _warn_of_old_names(given: dict[str, Any], words: list[str]) -> None:
-    """One line for each renamed key that a recipe or a command line still uses."""
+    """Warns of every old key name in a recipe or command line."""
     named = {word.partition("=")[0] for word in words}
     for old, new in RENAMED.items():
         section, _, short = old.partition(".")
@@ -136,12 +130,21 @@ def _warn_of_old_names(given: dict[str, Any], words: list[str]) -> None:
 
 
 def load_recipe(schema: type, file: str | None, overrides: list[str]) -> Any:
-    """The recipe `schema` from a YAML file and `key=value` words, checked.
+    """A recipe from a YAML file and `key=value` words, checked.
+
+    Parameters
+    ----------
+    schema
+        A dataclass of schema.py.
+    file
+        A path, or the name of a shipped recipe; None for the defaults.
+    overrides
+        Words `section.key=value`, which override the file.
 
     Raises
     ------
     UserError
-        For a missing file, broken YAML, an unknown key (the nearest known one is named), a wrong type or value.
+        For a missing file, invalid YAML, an unknown key (names the nearest known one), a wrong type or value.
     """
     given: dict[str, Any] = {}
     content = _read_yaml(file) if file is not None else {}
@@ -178,7 +181,7 @@ def _value(recipe: Any, name: str) -> Any:
 
 
 def _merged(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """`given` with what `more` says, section by section."""
+    """`given` updated by `more`, section by section."""
     merged = dict(given)
     for name, value in more.items():
         before = merged.get(name)
@@ -188,7 +191,7 @@ def _merged(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose plain scalars are text as it is written, except null and the merge key; no key comes twice."""
+    """YAML whose plain scalars are literal text, except null and the merge key. Duplicate keys are errors."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
@@ -211,13 +214,13 @@ class _Loader(yaml.SafeLoader):
 def _parse_yaml(text: str | bytes, what: str) -> Any:
     try:
         return _Loader(text).get_single_data()
-    except Exception as error:  # a tag's constructor raises whatever the value makes it raise
+    except Exception as error:  # constructors of tags may raise anything
         shown = what if len(what) <= 100 else what[:100] + "..."
         raise UserError(f"{shown} is not valid YAML: {_where_yaml_breaks(error)}") from None
 
 
 def _where_yaml_breaks(error: Exception) -> str:
-    """What PyYAML says, with the line and column instead of its drawing of the place."""
+    """PyYAML's message with line and column instead of its multi-line excerpt."""
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
     if isinstance(error, yaml.reader.ReaderError):

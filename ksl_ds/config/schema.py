@@ -1,8 +1,8 @@
-"""What a run is: typed sections, every default once, one clear sentence for every mistake.
+"""The recipe: typed sections with defaults, ranges and help texts.
 
-A recipe is a YAML file merged over the dataclasses below; `key=value` words of the command line come last. YAML gives the
-structure alone: what a value means is decided by its key's type, so `no`, `1e3` or a date is text where the key takes text.
-The help of a key is its description and its range is part of its type; `ksl-ds COMMAND --help` prints both from here.
+A recipe is a YAML file merged over the dataclasses below; `key=value` words of the command line override it. YAML gives only
+the structure; the key's type decides what a value means, so `no`, `1e3` or a date is text if the key takes text.
+A key's description is its help and its type holds its range; `ksl-ds COMMAND --help` prints both.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _one_line(text: str) -> str:
     return text
 
 
-# Numbers are finite, and so small that no library below us overflows.
+# Numbers are finite, and small enough that no library overflows.
 Count = Annotated[int, Field(gt=0, le=10**9)]
 Length = Annotated[int, Field(ge=2, le=10**9)]  # in tokens, of a pair: one of the prompt and one of the translation
 BatchSize = Annotated[int, Field(gt=0, le=10**6)]
 Rank = Annotated[int, Field(gt=0, le=2**16)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch takes no larger one
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch's limit
 Alpha = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0.001, le=10**6)]
@@ -92,7 +92,7 @@ class Model:
     revision: Line | None = key(None, "branch, tag or commit of a Hub model")
     trust_remote_code: bool = key(False, "run Python code that the model's repository ships")
     embedding_scope: Literal["input", "shared"] = key(
-        "input", "for tied models: `input` leaves the output head as it is (the paper's), `shared` moves it too"
+        "input", "for tied models: `input` keeps the output head unchanged (as in the paper), `shared` changes it too"
     )
 
 
@@ -103,36 +103,36 @@ class Text:
     train: list[Line] = key(
         [], "one file (.jsonl .csv .tsv .po, also .gz; .parquet) or Hub id, or two line-aligned text files"
     )
-    valid: list[Line] = key([], "the same for validation; empty: no validation loss")
-    test: list[Line] = key([], "the same for the held-out text that every stage is scored on")
+    valid: list[Line] = key([], "the validation text, likewise; empty: no validation loss")
+    test: list[Line] = key([], "the test text, likewise: every stage is scored on it")
     train_split: Line = key("train", "split name, for a Hub id in text.train")
     valid_split: Line = key("validation", "split name, for a Hub id in text.valid")
     test_split: Line = key("test", "split name, for a Hub id in text.test")
     hub_config: Line | None = key(None, "configuration name of a Hub dataset, such as en-fr")
-    source_column: Line = key("source", "column of the source sentence; dots enter nested columns (translation.en)")
+    source_column: Line = key("source", "column of the source sentence; a dot selects a nested column (translation.en)")
     target_column: Line = key("target", "column of the translation")
     source_language: Line = key("English", "name of the source language, for the prompt")
     target_language: Line = key("French", "name of the target language, for the prompt")
     prompt: Prose = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
     max_length: Length = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
     max_words: Count | None = key(None, "longest source or target in words; longer pairs are dropped")
-    max_train_pairs: Count | None = key(None, "at most so many training pairs, taken after a seeded shuffle")
-    max_valid_pairs: Count | None = key(None, "at most so many validation pairs")
-    max_test_pairs: Count | None = key(None, "at most so many test pairs")
-    seed: Seed | None = key(None, "of the shuffle that text.max_..._pairs are taken after; empty: the run's seed")
+    max_train_pairs: Count | None = key(None, "maximum number of training pairs, taken after a seeded shuffle")
+    max_valid_pairs: Count | None = key(None, "maximum number of validation pairs")
+    max_test_pairs: Count | None = key(None, "maximum number of test pairs")
+    seed: Seed | None = key(None, "seed of that shuffle; empty: the run's seed")
 
 
 @dataclass(config=STRICT)
 class Training:
     """Settings that all training methods share: batch sizes in pairs, precision, clipping, logging."""
 
-    batch_size: BatchSize = key(128, "pairs in a global batch: over all ranks and accumulation steps")
-    micro_batch_size: BatchSize = key(8, "pairs that one rank runs at once; the accumulation steps follow from it")
-    precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; the optimizer keeps fp32")
-    max_grad_norm: NotNegative = key(1.0, "largest gradient norm; 0 switches clipping off")
+    batch_size: BatchSize = key(128, "pairs in a global batch, over all ranks and gradient accumulation steps")
+    micro_batch_size: BatchSize = key(8, "pairs per rank and forward pass; sets the gradient accumulation steps")
+    precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; master weights are fp32")
+    max_grad_norm: NotNegative = key(1.0, "gradients are clipped to this norm; 0: no clipping")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
-    log_every: Count = key(1, "steps between two lines of metrics.jsonl")
-    eval_every: Count | None = key(None, "steps between two validation losses; empty: at the end of training only")
+    log_every: Count = key(1, "write metrics.jsonl every so many steps")
+    eval_every: Count | None = key(None, "compute the validation loss every so many steps; empty: only after training")
 
 
 @dataclass(config=STRICT)
@@ -141,12 +141,12 @@ class Tuning:
 
     learning_rate: Positive = key(1e-3, "peak learning rate of AdamW")
     epochs: Amount = key(3.0, "passes over the training text")
-    max_steps: Count | None = key(None, "optimizer steps; replaces epochs when given")
-    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "learning rate after the warm-up")
-    warmup_ratio: Share = key(0.03, "share of the steps in which the learning rate rises, the first of W to 1/W of it")
-    weight_decay: NotNegative = key(0.0, "AdamW's decoupled decay; of ticket rows: towards their base values")
-    betas: list[Share] = key([0.9, 0.999], "AdamW's averaging coefficients")
-    epsilon: Positive = key(1e-8, "AdamW's denominator term")
+    max_steps: Count | None = key(None, "optimizer steps; overrides epochs")
+    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "learning rate schedule after warm-up")
+    warmup_ratio: Share = key(0.03, "share of steps with linear warm-up; step s of W has s/W of the peak")
+    weight_decay: NotNegative = key(0.0, "AdamW's decoupled weight decay; ticket rows decay towards their base values")
+    betas: list[Share] = key([0.9, 0.999], "AdamW's betas")
+    epsilon: Positive = key(1e-8, "AdamW's epsilon")
 
 
 @dataclass(config=STRICT)
@@ -163,7 +163,8 @@ class PartialTuning(Tuning):
     learning_rate: Positive = key(1e-2, "peak learning rate of AdamW")
     epochs: Amount = key(5.0, "passes over the training text")
     mode: Literal["rows", "hooks"] = key(
-        "rows", "rows: a parameter of the ticket's size; hooks: the whole matrix, with gradients of other rows dropped"
+        "rows",
+        "rows: train a parameter of the ticket's size; hooks: train the matrix with the other rows' gradients zeroed",
     )
 
 
@@ -182,7 +183,9 @@ class Lora(Tuning):
     r: Rank = key(8, "rank of the update")
     lora_alpha: Count = key(16, "the update is scaled by lora_alpha / r")
     lora_dropout: Share = key(0.0, "dropout on the adapter's input")
-    target_modules: list[Line] = key([], "modules to adapt; empty: PEFT's choice for the architecture, or all-linear")
+    target_modules: list[Line] = key(
+        [], "modules to adapt; empty: PEFT's default for the architecture, else all-linear"
+    )
 
 
 @dataclass(config=STRICT)
@@ -197,10 +200,8 @@ class Prefix(Tuning):
 class EarlyStopping:
     """When embed tuning stops because the ticket no longer changes."""
 
-    overlap: Annotated[float, Field(gt=0, le=1)] = key(
-        0.95, "least Jaccard overlap of a draw's ticket with the one before"
-    )
-    draws: Count = key(3, "draws in a row that must overlap so much")
+    overlap: Annotated[float, Field(gt=0, le=1)] = key(0.95, "minimum Jaccard overlap of consecutive tickets")
+    draws: Count = key(3, "number of consecutive draws that must reach this overlap")
 
 
 @dataclass(config=STRICT)
@@ -210,12 +211,12 @@ class Draw:
     selection: Selection = key("alpha", f"how rows are chosen: {_rules_help()}")
     alpha: Alpha = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
     method: Literal["exact", "asymp"] = key(
-        "exact", "p-value: exact, or asymp as scipy and replications of the paper use"
+        "exact", "p-value: exact, or scipy's asymptotic one (asymp), which replications of the paper use"
     )
     top_k: Count = key(18, f"rows taken by {', '.join(CONTROLS)}")
-    every: Count | None = key(None, "draw every so many steps of embed tuning too, to watch the ticket settle")
+    every: Count | None = key(None, "also draw every so many steps of embed tuning, to see the ticket converge")
     early_stopping: EarlyStopping | None = key(
-        None, "end embed tuning when the ticket has settled, such as {overlap: 0.95, draws: 3}; needs draw.every"
+        None, "stop embed tuning when the ticket no longer changes, such as {overlap: 0.95, draws: 3}; needs draw.every"
     )
 
 
@@ -223,12 +224,12 @@ class Draw:
 class Evaluation:
     """Translation of the test text and its scores."""
 
-    batch_size: BatchSize = key(16, "prompts that one rank translates at once")
+    batch_size: BatchSize = key(16, "prompts per rank and generate call")
     num_beams: Rank = key(1, "1 is greedy search; the paper reports 4")
     max_new_tokens: Count = key(256, "longest translation in tokens")
     tokenize: Line = key("13a", "sacrebleu tokenizer: 13a, intl, zh, char, none, or flores101 or flores200 for spBLEU")
     gather_weights: bool = key(
-        True, "keep the whole model on every rank while translating (fast); false gathers layer by layer (any size)"
+        True, "ZeRO-3: gather the whole model on every rank for translation (fast); false: layer by layer (any size)"
     )
 
 
@@ -247,7 +248,7 @@ class Tracking:
     """wandb."""
 
     wandb: Literal["auto", "online", "offline", "off"] = key(
-        "auto", "auto: online where there is a key and a network, else offline"
+        "auto", "auto: online if there is an API key and a network, else offline"
     )
     project: Line = key("ksl_ds", "wandb project")
     entity: Line | None = key(None, "wandb user or team")
@@ -263,15 +264,14 @@ class Compare:
             "untuned", "full", "embed", "transfer", "ticket", "frequency", "random", "shift_norm", "shift_ratio", "newline",
             "lora", "prefix",
         ],
-        "what to compare: untuned, full, embed, transfer and ticket (rows with p < alpha, for each of compare.alphas), "
+        "what to compare: untuned, full, embed; transfer and ticket (rows with p < alpha, for each of compare.alphas); "
         f"controls with as many rows ({', '.join(CONTROLS)}), one row (newline, bos or first_prompt_token), lora, prefix",
     )  # fmt: skip
     alphas: list[Alpha] = key([0.05, 0.25, 0.5], "levels of the tickets")
-    seeds: list[Seed] = key([0, 1], "every method is trained once with each: another order of the same training text")
+    seeds: list[Seed] = key([0, 1], "every method is trained once per seed, which orders the same training text")
     rows: Count | None = key(
         None,
-        "rows of a control; empty: as many as the ticket of the same seed at the recipe's draw.alpha has, or draw.top_k "
-        "where that ticket is empty",
+        "rows of a control; empty: the size of the same seed's ticket at draw.alpha, or draw.top_k if that ticket is empty",
     )
 
 
@@ -280,12 +280,12 @@ class Checkpoint:
     """Checkpoints within a training run."""
 
     every: Count | None = key(
-        None, "steps between two checkpoints of a training; empty: only when SIGTERM or SIGUSR1 asks the run to end"
+        None, "save a checkpoint every so many steps; empty: only when SIGTERM or SIGUSR1 stops the run"
     )
-    keep_last: Count = key(2, "checkpoints of a training to keep, the newest; all go when its stage is complete")
+    keep_last: Count = key(2, "number of newest checkpoints to keep; all are deleted when their stage is complete")
 
 
-# Old names of keys, which are still accepted, and the names that replaced them.
+# Old key names, which are still accepted, and their replacements.
 RENAMED = {
     "training.clip": "training.max_grad_norm",
     "training.valid_every": "training.eval_every",
@@ -297,7 +297,7 @@ RENAMED = {
     "prefix.warmup": "prefix.warmup_ratio",
 }
 
-# Keys and sections that may change before a run is gone on with, since no training depends on them.
+# Keys and sections that may change when a run is resumed, since training does not depend on them.
 KEYS_THAT_MAY_CHANGE_ON_RESUME = (
     "run_dir", "resume", "verbose", "num_ranks", "timeout_minutes", "checkpoint", "tracking", "certify", "compare",
     "scan", "reference", "evaluation.batch_size", "evaluation.gather_weights",
@@ -308,31 +308,30 @@ KEYS_THAT_MAY_CHANGE_ON_RESUME = (
 class Recipe:
     """A run of `lottery`, `tune`, `evaluate`, `compare` or `certify`."""
 
-    run_dir: Line = key(MISSING, "folder that this run creates; everything it writes lies there")
+    run_dir: Line = key(MISSING, "folder to create; all output is written there")
     resume: Literal["never", "auto"] = key(
         "never",
-        "auto: goes on with the run that run_dir holds, if any, from its last complete stage or checkpoint (compare always "
-        "does)",
+        "auto: resume the run in run_dir, if any, from its last complete stage or checkpoint (compare always does)",
     )
     seed: Seed = key(0, "of data order, dropout and controls")
-    verbose: bool = key(False, "show what DeepSpeed, transformers and wandb log")
+    verbose: bool = key(False, "show the logs of DeepSpeed, transformers and wandb")
     deepspeed: Line = key("zero3.json", "DeepSpeed JSON: a path, or a name in ds_configs/")
-    num_ranks: Count | None = key(None, "ranks this run expects; another number is an error (empty: any)")
-    timeout_minutes: Amount = key(30.0, "the job ends when a rank has waited so long for the others")
+    num_ranks: Count | None = key(None, "expected number of ranks; another number is an error (empty: any)")
+    timeout_minutes: Amount = key(30.0, "the job ends when a rank has waited this long for another")
     model: Model = key(Model, "the model")
     text: Text = key(Text, "the parallel text")
-    training: Training = key(Training, "what all methods share")
+    training: Training = key(Training, "settings of all training methods")
     embed_tuning: EmbedTuning = key(EmbedTuning, "method embed: the whole input embedding")
-    draw: Draw = key(Draw, "the KS test and the choice of rows")
-    partial_tuning: PartialTuning = key(PartialTuning, "method ticket: the ticket's rows alone")
+    draw: Draw = key(Draw, "the KS test and the selection rule")
+    partial_tuning: PartialTuning = key(PartialTuning, "method ticket: the ticket's rows only")
     full_tuning: FullTuning = key(FullTuning, "method full: every parameter")
     lora: Lora = key(Lora, "method lora, by PEFT")
     prefix: Prefix = key(Prefix, "method prefix, by PEFT")
     evaluation: Evaluation = key(Evaluation, "translation and scores")
     certify: Certify = key(Certify, "the certificate")
     tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
-    checkpoint: Checkpoint = key(Checkpoint, "checkpoints within a training, for resume=auto")
-    compare: Compare = key(Compare, "what `compare` puts side by side")
+    checkpoint: Checkpoint = key(Checkpoint, "checkpoints during training, for resume=auto")
+    compare: Compare = key(Compare, "what `compare` trains and tests")
     method: TunedMethod = key("embed", f"what `tune` trains: {', '.join(TUNED)}")
     scan: bool = key(
         False,
@@ -344,7 +343,7 @@ class Recipe:
 
     @property
     def text_seed(self) -> int:
-        """Of the shuffle that a text's pairs are taken after."""
+        """Seed of the shuffle before text.max_..._pairs are taken."""
         return self.seed if self.text.seed is None else self.text.seed
 
 
@@ -361,7 +360,7 @@ class DrawCommand:
     top_k: Count = key(18, "as draw.top_k in a recipe")
     seed: Seed = key(0, "of selection=random")
     embedding_scope: Literal["input", "shared"] = key("input", "recorded in the ticket: whether a tied head moves too")
-    verbose: bool = key(False, "show what libraries log")
+    verbose: bool = key(False, "show the logs of libraries")
 
 
 @dataclass(config=STRICT)
@@ -375,7 +374,7 @@ class ScanCommand:
     rows: Literal["output", "input"] = key(
         "output", "what a row of a matrix is: the weights of one output neuron, or those of one input"
     )
-    verbose: bool = key(False, "show what libraries log")
+    verbose: bool = key(False, "show the logs of libraries")
 
 
 @dataclass(config=STRICT)
@@ -385,8 +384,8 @@ class TransferCommand:
     base: Line = key(MISSING, "model folder that the ticket was drawn on")
     ticket: Line = key(MISSING, "ticket folder")
     out: Line = key(MISSING, "model folder to create")
-    force: bool = key(False, "apply the ticket although the base model differs in these rows or was resized")
-    verbose: bool = key(False, "show what libraries log")
+    force: bool = key(False, "apply the ticket even if the base model differs in these rows or was resized")
+    verbose: bool = key(False, "show the logs of libraries")
 
 
 @dataclass(config=STRICT)
@@ -395,13 +394,13 @@ class EstimateCommand:
 
     model: Line = key(MISSING, "a built-in shape (llama-3-70b), config.json, model folder, Hub id, or a recipe")
     gpus: Count = key(1, "ranks, one a GPU")
-    gpu_memory: Amount | None = key(None, "GiB of one GPU; empty: only sizes are shown, not what fits")
-    network: Amount | None = key(None, "Gbit/s that a rank receives; shows the seconds of a step's traffic")
+    gpu_memory: Amount | None = key(None, "GiB of one GPU; empty: show sizes, not what fits")
+    network: Amount | None = key(None, "Gbit/s per rank; shows the seconds of communication per step")
     rows: Count | None = key(None, "rows of the ticket; empty: the recipe's draw.top_k")
     length: Length | None = key(None, "tokens of every pair; empty: the recipe's text.max_length")
-    response_length: Count | None = key(None, "of these, tokens of the response; empty: half")
-    micro_batch_size: BatchSize | None = key(None, "pairs that a rank runs at once; empty: the recipe's")
+    response_length: Count | None = key(None, "response tokens among these; empty: half")
+    micro_batch_size: BatchSize | None = key(None, "pairs per rank and forward pass; empty: the recipe's")
     precision: Literal["bf16", "fp16", "fp32"] | None = key(None, "of weights and gradients; empty: the recipe's")
     deepspeed: Line | None = key(None, "DeepSpeed JSON; empty: the recipe's")
     embedding_scope: Literal["input", "shared"] | None = key(None, "of tied models; empty: the recipe's")
-    verbose: bool = key(False, "show what libraries log")
+    verbose: bool = key(False, "show the logs of libraries")

@@ -1,4 +1,4 @@
-"""What the types of a recipe cannot express: keys that need or exclude each other."""
+"""Checks across keys, which a recipe's types cannot express."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ksl_ds.errors import UserError
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Checks across values that types cannot express. Raises UserError naming the key."""
+    """Checks keys that depend on each other. Raises UserError naming the key."""
     for name in TUNING_SECTIONS.values():
         betas = getattr(recipe, name).betas
         if len(betas) != 2:
@@ -21,11 +21,11 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_compare(compare: Compare) -> None:
-    """Raises UserError naming the key of `compare` that cannot be followed."""
+    """Checks the lists of `compare`. Raises UserError naming the key."""
     lists: dict[str, list[Any]] = {"methods": compare.methods, "alphas": compare.alphas, "seeds": compare.seeds}
     for name, values in lists.items():
         if len(set(values)) < len(values) or not values:
-            raise UserError(f"compare.{name} is {values}; it must name something, and nothing twice")
+            raise UserError(f"compare.{name} is {values}; it must have at least one entry, and none twice")
     shifted = [name for name in compare.methods if METHODS[name].needs_embed]
     if shifted and "embed" not in compare.methods:
-        raise UserError(f"compare.methods has {shifted[0]}, whose rows are those that embed tuning shifts; add embed")
+        raise UserError(f"compare.methods has {shifted[0]}, which takes its rows from embed tuning; add embed")

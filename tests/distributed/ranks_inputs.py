@@ -96,7 +96,7 @@ CHANGES = {
         ["ds.json has changed", "zero_optimization.reduce_bucket_size was None and is 1000"],
     ),
     "the stage": (lambda: change_json(stage=2), ["ds.json has changed", "zero_optimization.stage was 3 and is 2"]),
-    "the record": (lambda: INPUTS.write_text("[]"), ["run/inputs.json", "of another kind"]),
+    "the record": (lambda: INPUTS.write_text("[]"), ["run/inputs.json", "another kind of file"]),
     "what is logged": (lambda: change_json(steps_per_print=5), []),
     "nothing but the form": (lambda: change_json(stage=3.0, offload_param=None), []),
 }  # fmt: skip

@@ -75,7 +75,7 @@ def test_an_entrys_recipe_is_one_that_tune_takes_on_the_same_text_for_every_seed
     [
         (["compare.methods=[embed,tiket]"], r"compare.methods is tiket; did you mean ticket\?"),
         (["compare.methods=[untuned,random]"], "compare.methods has random, .* add embed"),
-        (["compare.seeds=[1,1]"], "compare.seeds is .*nothing twice"),
+        (["compare.seeds=[1,1]"], "compare.seeds is .*none twice"),
         (["compare.seeds=[-1]"], "compare.seeds is -1; it should be greater than or equal to 0"),
         (["compare.alphas=[.05,2]"], "compare.alphas is 2"),
         (["compare.rows=0"], "compare.rows is 0"),
@@ -113,7 +113,7 @@ def test_a_run_is_found_again_unless_its_recipe_changed(tmp_path):
         UserError, match=r"lora-seed0 holds a run of another recipe: lora.r is 8 there and 4 here; move"
     ):
         finished(entry, entry.folder(home, 0), changed)
-    # A run that was stopped before its scores is none; where the recipe is the same it is left to be gone on with.
+    # A run that was stopped before its scores is none; where the recipe is the same it can be resumed.
     found["stages"] = {}
     (entry.folder(home, 0) / "results.json").write_text(json.dumps(found))
     assert finished(entry, entry.folder(home, 0), changed) is None

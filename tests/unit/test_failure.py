@@ -73,7 +73,7 @@ def test_a_sentence_is_one_line_of_bearable_length():
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (KeyError("nothing"), "it has or names no 'nothing'"),
+        (KeyError("nothing"), "unknown or missing key 'nothing'"),
         (ValueError("wrong field:\n    TypeError: expected int"), "wrong field: expected int"),
         (RuntimeError(), "RuntimeError"),
         (ValueError("a" * 1000), "a" * 300),

@@ -383,7 +383,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, step):
             {"hidden_size": "32"},
             r"config\.json: Validation error for field 'hidden_size': Field 'hidden_size' expected int, got str",
         ),
-        ({"hidden_act": "nothing"}, "it has or names no 'nothing'"),
+        ({"hidden_act": "nothing"}, "unknown or missing key 'nothing'"),
         ({"num_key_value_heads": 0}, r"config\.json"),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, but the files hold \d+ tensors"),
         ({"num_hidden_layers": 1}, "9 tensors in the files have no place in a llama, such as model.layers.1"),
@@ -443,7 +443,7 @@ def test_damaged_files_of_a_tokenizer_are_named(tmp_path, name, content, said):
     [
         (
             {"weight_map": {"a": "model.safetensors"}},
-            "not an index of shards, an object with metadata and weight_map .it has or names no 'metadata'",
+            "not an index of shards, an object with metadata and weight_map .unknown or missing key 'metadata'",
         ),
         ({"metadata": {}, "weight_map": {"a": 7}}, "weight_map: a: 7 is not a file's name"),
         ({"metadata": {}, "weight_map": {"a": ["b"]}}, r"weight_map: a: \['b'\] is not a file's name"),

@@ -371,10 +371,10 @@ def test_only_a_bare_name_is_looked_up_among_the_shipped_files(tmp_path, monkeyp
     ):
         assert str(shipped_file(name, "recipes")) == str(recipe.Path(name))
     with pytest.raises(
-        UserError, match="recipe somewhere/else/quickstart.yaml: no such file; .*give quickstart.yaml alone"
+        UserError, match="recipe somewhere/else/quickstart.yaml: no such file; .*use the bare name quickstart.yaml"
     ):
         load_recipe(Recipe, "somewhere/else/quickstart.yaml", [])
-    with pytest.raises(UserError, match="no file typo/dir/zero2.json.*give zero2.json alone"):
+    with pytest.raises(UserError, match="no file typo/dir/zero2.json.*use the bare name zero2.json"):
         read_config("typo/dir/zero2.json")
     with pytest.raises(UserError, match="no such file$"):
         load_recipe(Recipe, "a" * 5000, [])

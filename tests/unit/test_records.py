@@ -1,4 +1,4 @@
-"""Our own files, damaged, edited or of another kind: accepted where nothing is lost, else one sentence that names the file."""
+"""Our own files, damaged, edited or of another kind: accepted if nothing is lost, else one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_sentence_names_file_and_key(run_dir):
             previous_results(folder, wanted)
         message = str(error.value)
         assert message.startswith(f"{folder / 'results.json'}: {said}"), message
-        assert message.endswith("; the file was changed or is of another kind")
+        assert message.endswith("; the file was changed or is another kind of file")
 
 
 def test_results_of_a_comparison_are_no_run_to_resume(run_dir):
