@@ -1,1 +1,1 @@
-"""The mathematics of the lottery, on plain tensors: KS test, choice of rows, tickets."""
+"""The method on plain tensors: KS test, selection rules, tickets. No DeepSpeed."""

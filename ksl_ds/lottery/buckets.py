@@ -1,8 +1,8 @@
 """KS counts on a CPU with hardly any sorting: bounds from equal-width buckets, and a sort only of what they leave in doubt.
 
-Both samples of a row are counted into buckets. Between buckets the difference of the two counts is exact, and within one it
-rises by at most the values of `before` there, and falls by at most those of `after`. Buckets where that could beat the
-largest difference between buckets hold few values, 0.1 to 5 % as a rule; those are sorted and walked through.
+Both samples of a row are counted into buckets. At the edges of buckets the difference of the two counts is exact; within one
+it rises by at most the values of `before` there, and falls by at most those of `after`. Buckets where that could exceed the
+largest difference at an edge hold few values, usually 0.1 to 5 %; those are sorted.
 Counting is a few passes where sorting is a dozen, so on AMD's Zen 4, say, it takes less time than np.sort of the
 merged samples alone; Intel's AVX-512 sorts faster. `ks._sorting_is_faster` tries both.
 

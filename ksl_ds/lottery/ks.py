@@ -1,8 +1,8 @@
 """The two-sample Kolmogorov-Smirnov test for whole embedding matrices: exact, at about the speed of the sort.
 
-`ks_2samp` is for everybody, along the last axis of any tensor; `row_counts` is the engine behind a draw, which only wants the
-integer k of each row and skips rows that did not change. Both work in blocks where the tensors lie and never copy them
-as a whole; every decision is made on integers, so it is the same on every device and in any partition into blocks.
+`ks_2samp` is the public function, along the last axis of any tensor. `row_counts` is what a draw needs: the integer k of each
+row, skipping unchanged rows. Both work in blocks on the tensors' device and never copy them as a whole. All decisions are
+made on integers, so they are the same on every device and for any block size.
 
 CPUs sort (sorting.py) or count into buckets (buckets.py), whichever is faster there, in chunks that a core's cache holds, with
 `torch.get_num_threads()` threads; GPUs sort (kernel.py), in blocks as large as the work space allows.
@@ -78,10 +78,10 @@ def ks_2samp(before: Tensor, after: Tensor, *, method: PValueMethod = "exact") -
     Raises
     ------
     TypeError
-        For something else than floating tensors.
+        For anything but floating tensors.
     ValueError
-        For shapes that do not match, empty samples, samples on two devices, NaN or infinity (names the first such row
-        and its input), or an unknown method.
+        For shapes that do not match, empty samples, samples on different devices, NaN or infinity (names the first such
+        row and its input), or an unknown method.
 
     Notes
     -----
@@ -89,9 +89,9 @@ def ks_2samp(before: Tensor, after: Tensor, *, method: PValueMethod = "exact") -
     move it at once. 0.0 and -0.0 are equal. The p-values take the null distribution of samples without ties, which is
     conservative with ties.
 
-    For KS-Lottery the samples are the coordinates of a token's embedding row before and after tuning. What the test
-    then does not claim: the two are paired, not independent, so a level is nominal; and the order of coordinates does
-    not count, so a permuted row has D = 0.
+    For KS-Lottery the samples are the coordinates of a token's embedding row before and after tuning. Two caveats: the
+    samples are paired, not independent, so alpha is a nominal level; and the order of coordinates is ignored, so a
+    permuted row has D = 0.
 
     References
     ----------
@@ -137,27 +137,27 @@ def row_counts(
     progress: Callable[[int], object] | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """k of every row: how far the KS test sees `after_VD` from `before_VD`; int32 (V,) on their device.
+    """The KS count k of every row, int32 (V,) on the tensors' device.
 
     Rows without a change have k = 0 and cost a comparison only.
 
     Parameters
     ----------
     before_VD, after_VD : tensors (V, D)
-        More leading axes count as one of their product. Memory-mapped tensors are read block by block, and only the
-        changed rows of a block a second time. The dtypes may differ: values are compared exactly.
+        Further leading axes are flattened. Memory-mapped tensors are read block by block, and only the changed rows of a
+        block a second time. The dtypes may differ: values are compared exactly.
     workspace_bytes : int
-        Work space beside the two inputs and the result; at least one row is worked on at a time.
+        Memory beside the inputs and the result; at least one row is processed at a time.
     progress : callable
         Called after each block with the number of rows in it.
     first_row : int
-        What messages call row 0, where the tensors are a part of something larger.
+        Number of the first row in error messages, if the tensors are part of a larger matrix.
 
     Raises
     ------
     TypeError, ValueError
-        As `ks_2samp`, before any work, but for NaN and infinity: they are found in the block that holds them, since a pass
-        ahead would read both matrices twice. No count is returned then.
+        As `ks_2samp`. All but NaN and infinity are checked first; those are found when their block is read, since a
+        separate pass would read both matrices twice.
     """
     _check(before_VD, after_VD)
     num_rows = math.prod(before_VD.shape[:-1])

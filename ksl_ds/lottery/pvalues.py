@@ -1,8 +1,8 @@
 """Null distribution of the two-sample KS statistic for samples of one size.
 
 With n = m = d the statistic is k / d with an integer k, so there are d + 1 p-values, and a decision at level alpha is an
-integer threshold. Exact p-values are one table a size, computed once; asymptotic ones are scipy's, up to 0.1 s each at
-d = 100,000, so that only those of counts that occur are computed.
+integer threshold. Exact p-values are one table per size, computed once. Asymptotic p-values are scipy's and take up to 0.1 s
+each at d = 100,000, so only those of occurring counts are computed.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Which rows a test draws, and the controls that it is compared with. Pure functions of vectors over the vocabulary.
+"""Selection rules: which rows a test draws, and the controls. Pure functions of vectors over the vocabulary.
 
-A rule is a function `select_NAME` with the decorator `rule`. Its parameters say what it looks at; `choose_rows` (shift.py)
-passes these. Recipes, `ksl-ds draw`, help texts and, for controls, `compare` know a rule as soon as it is defined here:
+A rule is a function `select_NAME` with the decorator `rule`. `choose_rows` (shift.py) passes the parameters that it names.
+Recipes, `ksl-ds draw`, help texts and, for controls, `compare` use every rule defined here:
 
-    count_V, num_samples     int32 (V,) counts k of the KS test and the row width d: D = k / d
-    shift_norm_V             float32 (V,) lengths of after - before
-    shift_ratio_V            the same over the lengths before
-    frequency_V              int64 (V,) how often each token occurs in the training text
+    count_V, num_samples     int32 (V,): counts k of the KS test, and the row width d; D = k / d
+    shift_norm_V             float32 (V,): norms of after - before
+    shift_ratio_V            float32 (V,): the same divided by the norms of before
+    frequency_V              int64 (V,): how often each token occurs in the training text
     alpha, method            level of one test, and how its p-value is computed
-    top_k                    number of rows to take
-    vocab_size, seed
+    top_k                    number of rows to draw
+    vocab_size, seed         of a random draw
 
-All return ascending token ids, int64 (K,). Rows that did not move are never drawn by a rule that looks at movement, even when
-fewer than `top_k` have moved: training them is what a ticket promises not to need.
+All return ascending token ids, int64 (K,). Rules on counts, frequencies and shifts never draw a row with value 0, even if
+fewer than `top_k` rows have another: a ticket does not train rows that did not move.
 
-torch is imported in the functions, so that `--help` lists the rules without waiting for it.
+torch is imported in the functions, so that `--help` can list the rules quickly.
 
 Legend: V tokens, K drawn rows.
 """
@@ -66,7 +66,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(label: str, key: str = "") -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Registers a function `select_NAME` as the selection rule NAME; `key` is `rows_by_NAME` where none is given."""
+    """Registers a function `select_NAME` as the selection rule NAME; `key` defaults to `rows_by_NAME`."""
 
     def register(select: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = select.__name__.removeprefix("select_")
@@ -88,13 +88,13 @@ def select_alpha(count_V: Tensor, num_samples: int, alpha: float, method: PValue
 
 @rule("rows of largest D", key="rows_of_largest_D")
 def select_top_k(count_V: Tensor, top_k: int) -> Tensor:
-    """The rows of largest KS statistic; of equal ones at the cut, those of smaller id."""
+    """The rows of largest KS statistic; ties go to the smaller id."""
     return _largest(count_V, top_k)
 
 
 @rule("rows with p < alpha, Bonferroni")
 def select_bonferroni(count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact") -> Tensor:
-    """Tokens with p < alpha / V: the chance of any wrong one is below alpha."""
+    """Tokens with p < alpha / V: the family-wise error rate is below alpha."""
     return select_alpha(count_V, num_samples, alpha / len(count_V), method)
 
 
@@ -102,7 +102,7 @@ def select_bonferroni(count_V: Tensor, num_samples: int, alpha: float, method: P
 def select_benjamini_hochberg(
     count_V: Tensor, num_samples: int, alpha: float, method: PValueMethod = "exact"
 ) -> Tensor:
-    """Benjamini and Hochberg's step-up rule (1995): the expected share of wrong tokens is at most alpha.
+    """Benjamini and Hochberg's step-up rule (1995): the false discovery rate is at most alpha.
 
     Sorted ascending, p_(1) .. p_(V): all tokens up to the last i with p_(i) <= i * alpha / V.
     """
@@ -120,13 +120,13 @@ def select_benjamini_hochberg(
 
 @rule("rows by frequency")
 def select_frequency(frequency_V: Tensor, top_k: int) -> Tensor:
-    """Control: the tokens that occur most often; of equal ones at the cut, those of smaller id."""
+    """Control: the most frequent tokens; ties go to the smaller id."""
     return _largest(frequency_V, top_k)
 
 
 @rule("rows at random", key="rows_at_random")
 def select_random(vocab_size: int, top_k: int, seed: int) -> Tensor:
-    """Control: tokens at random, the same for the same seed."""
+    """Control: random tokens, a function of the seed."""
     import torch
 
     return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:top_k].sort().values
@@ -134,13 +134,13 @@ def select_random(vocab_size: int, top_k: int, seed: int) -> Tensor:
 
 @rule("rows by shift norm")
 def select_shift_norm(shift_norm_V: Tensor, top_k: int) -> Tensor:
-    """Control: the rows that moved furthest, by the length of after - before."""
+    """Control: the rows of largest shift norm."""
     return _largest(shift_norm_V, top_k)
 
 
 @rule("rows by shift ratio")
 def select_shift_ratio(shift_ratio_V: Tensor, top_k: int) -> Tensor:
-    """Control: the rows that moved furthest for their length."""
+    """Control: the rows of largest shift ratio."""
     return _largest(shift_ratio_V, top_k)
 
 

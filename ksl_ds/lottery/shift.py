@@ -1,7 +1,7 @@
-"""One KS test over a whole vocabulary, and the choice of rows from it.
+"""The KS test of a whole vocabulary, and the selection of rows from its result.
 
-The test of V tokens is one integer k a token; every rule of choice below works on those integers (or, for the controls,
-on how far rows moved), so another rule or level never needs a second test.
+The test gives one integer k per token. Selection rules work on these integers (controls also on how far rows moved), so
+another rule or alpha needs no second test.
 
 V tokens, D coordinates of a row (num_samples), B rows of a block, K rows drawn.
 """
@@ -28,16 +28,20 @@ SHIFT_TENSORS = ("count", "shift_norm", "shift_ratio")
 
 @dataclass(frozen=True)
 class Shift:
-    """What one KS test over a whole vocabulary found.
+    """The result of a KS test of a whole vocabulary.
 
     Attributes
     ----------
-    count_V : int32 tensor (V,); k of each token, its KS statistic is D = k / num_samples
-    shift_norm_V : float32 tensor (V,); Euclidean length of after - before
-    shift_ratio_V : float32 tensor (V,); that length over the length of before. 0 where a row did not move, the largest
-        float32 where an all-zero row did
-    num_samples : coordinates of a row, the size of both samples
-    tested_dtype : of the values compared, such as "float32" for master weights or "bfloat16" for saved checkpoints
+    count_V : int32 tensor (V,)
+        k of each token; its KS statistic is D = k / num_samples.
+    shift_norm_V : float32 tensor (V,)
+        Euclidean norm of after - before.
+    shift_ratio_V : float32 tensor (V,)
+        That norm divided by the norm of before: 0 for an unchanged row, the largest float32 if an all-zero row changed.
+    num_samples : int
+        Width D of a row, the size of both samples.
+    tested_dtype : str
+        Of the compared values, such as "float32" for master weights or "bfloat16" for saved checkpoints.
     """
 
     count_V: Tensor
@@ -55,16 +59,30 @@ def measure_shift(
     progress: Callable[[int], object] | None = None,
     first_row: int = 0,
 ) -> Shift:
-    """Tests every row of `after_VD` against the same row of `before_VD`; both (V, D), memory-mapped tensors too.
+    """Tests every row of `after_VD` against the same row of `before_VD`.
 
-    `progress` is called with the number of rows done since its last call; messages call the first row `first_row`.
+    Parameters
+    ----------
+    before_VD, after_VD : tensors (V, D)
+        Of any floating dtype; memory-mapped tensors are read in blocks.
+    workspace_bytes : int
+        Memory beside the inputs and the result.
+    progress : callable
+        Called with the number of rows done since its last call.
+    first_row : int
+        Number of the first row in error messages.
+
+    Raises
+    ------
+    ValueError
+        For different shapes, NaN or infinity.
     """
     if before_VD.shape != after_VD.shape or before_VD.ndim != 2:
-        raise ValueError(f"two (V, D) matrices of one shape are compared, not {before_VD.shape} and {after_VD.shape}")
+        raise ValueError(f"the matrices must have the same shape (V, D), not {before_VD.shape} and {after_VD.shape}")
     num_samples = before_VD.shape[1]
     count_V = row_counts(before_VD, after_VD, workspace_bytes=workspace_bytes, progress=progress, first_row=first_row)
     norms, ratios = [], []
-    # Four float32 copies of a block live at once.
+    # A block needs four float32 copies.
     block = max(1, workspace_bytes // (16 * num_samples))
     for before_BD, after_BD in zip(before_VD.split(block), after_VD.split(block), strict=True):
         norm_B, ratio_B = shift_of_rows(before_BD, after_BD)
@@ -75,14 +93,14 @@ def measure_shift(
 
 
 def save_shift(shift: Shift, path: Path) -> None:
-    """Writes a test of all tokens as safetensors, whole or not at all. Raises UserError."""
+    """Writes the test of all tokens as safetensors, atomically. Raises UserError."""
     tensors = {name: getattr(shift, f"{name}_V").cpu().contiguous() for name in SHIFT_TENSORS}
     metadata = {"num_samples": str(shift.num_samples), "tested_dtype": shift.tested_dtype}
     write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_shift(path: Path) -> Shift:
-    """Reads what `save_shift` wrote. Raises UserError for a file that is missing or damaged."""
+    """Reads what `save_shift` wrote. Raises UserError for a missing or damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {f"{name}_V": file.get_tensor(name) for name in SHIFT_TENSORS}
@@ -91,26 +109,26 @@ def load_shift(path: Path) -> Shift:
         _check_shift(shift)
         return shift
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as the KS test of all tokens: {error}") from None
+        raise UserError(f"{path} is not a valid KS test of all tokens: {error}") from None
 
 
 def _check_shift(shift: Shift) -> None:
-    """Raises ValueError for vectors that are not those of one test."""
+    """Raises ValueError if shapes, dtypes or values are impossible."""
     count_V = shift.count_V
     kinds = {"count": torch.int32, "shift_norm": torch.float32, "shift_ratio": torch.float32}
     for name, dtype in kinds.items():
         values_V = getattr(shift, f"{name}_V")
         if values_V.ndim != 1 or len(values_V) != len(count_V) or values_V.dtype != dtype:
             found = f"{tuple(values_V.shape)} {dtype_name(values_V.dtype)}"
-            raise ValueError(f"{name} is {found} where ({len(count_V)},) {dtype_name(dtype)} belongs")
+            raise ValueError(f"{name} is {found}; it must be ({len(count_V)},) {dtype_name(dtype)}")
         if not values_V.isfinite().all() or (values_V < 0).any():
             raise ValueError(f"{name} holds NaN, infinity or a negative number")
     if len(count_V) == 0 or int(count_V.max()) > shift.num_samples:
-        raise ValueError(f"count holds no number or one above num_samples ({shift.num_samples})")
+        raise ValueError(f"count is empty or above num_samples ({shift.num_samples})")
 
 
 def shift_of_rows(before_BD: Tensor, after_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """The length of each row's shift and its ratio to the row's length before; float32 (B,) on the rows' device."""
+    """Each row's shift norm, and its ratio to the row's norm before; both float32 (B,) on the rows' device."""
     before_BD = before_BD.float()
     norm_B = torch.linalg.vector_norm(after_BD.float() - before_BD, dim=1)
     ratio_B = norm_B / torch.linalg.vector_norm(before_BD, dim=1)
@@ -161,7 +179,7 @@ def choose_rows(
 
 
 def explain_empty(shift: Shift, alpha: float, method: PValueMethod = "exact") -> str:
-    """Why no row was drawn at `alpha`, and what to change."""
+    """A sentence on why no row was drawn at `alpha`, and what to change."""
     num_samples = shift.num_samples
     largest = int(shift.count_V.max())
     pvalue = float(pvalues(torch.tensor(largest), num_samples, method))

@@ -1,13 +1,13 @@
 """KS counts on a CPU: one sort of small integers a row, in numpy, which sorts many times faster than torch there.
 
-A float's bits, read as sign and magnitude, order like the float; the sample it came from is put below them as the lowest bit,
-and one integer sort merges both samples. Numbers below 2 in magnitude leave that bit free in a key of their own width (the
-bits of 2.0 are 0x40...0 in every IEEE format), so an embedding row is sorted as 16- or 32-bit integers, at nearly the speed
-of sorting the two samples apart. Larger numbers get wider keys.
+A float's bits, read as sign and magnitude, have the order of the floats. The lowest bit of a key tells the sample, so one
+integer sort merges both samples. Numbers below 2 in magnitude leave a bit free in a key of their own width (the bits of 2.0
+are 0x40...0 in every IEEE format), so an embedding row is sorted as 16- or 32-bit integers, nearly as fast as sorting the two
+samples separately. Larger numbers get wider keys.
 
-Walking up the merged row, +1 for a value of `before` and -1 for one of `after`, the sum is the difference of the two counts at
-the last of equal values, and k the largest in magnitude. The walk takes eight values at a time: their steps are the
-bits of one byte, the ends of runs of equal values those of another, and tables hold what such a pair brings.
+Along the sorted row, with +1 for a value of `before` and -1 for one of `after`, the cumulative sum at the last of equal
+values is the difference of the two counts; k is the largest in magnitude. Eight values are processed at a time: one byte
+has their steps, another the ends of runs of equal values, and tables give the result of each pair.
 
 Legend: R rows, D values of a sample, M = 2 D merged values, B = M / 8 bytes of them.
 """

@@ -1,12 +1,12 @@
-"""The ticket: which embedding rows a KS test draws, their values before and after, and where they came from.
+"""The ticket: the embedding rows that a KS test draws, their values before and after tuning, and their provenance.
 
-    shift = measure_shift(before_VD, after_VD)       one test of the whole vocabulary
-    ids = choose_rows(shift, selection="alpha")      the rows drawn
+    shift = measure_shift(before_VD, after_VD)       test the whole vocabulary
+    ids = choose_rows(shift, selection="alpha")      select rows
     ticket = make_ticket(shift, ids, ...)            the rows with their statistics
-    ticket.save(folder, "model.embed_tokens")        kilobytes that PEFT loads; Ticket.load(folder) reads them back
+    ticket.save(folder, "model.embed_tokens")        kilobytes that PEFT loads; Ticket.load(folder) reads them
 
-Choices: rows are absolute values, not differences, so that `apply` and `remove` are exact to the bit in every dtype;
-the base rows travel along for that (twice the kilobytes). The base model is recognised by those rows' values.
+Choices: rows are stored as absolute values, not differences, with the base rows, so that `apply` and `remove` are bit-exact
+in every dtype (at twice the size). The base model is recognised by the values of these rows.
 
 V tokens, D coordinates of a row (num_samples), K ticket rows.
 """
@@ -36,28 +36,35 @@ class _Carried:
     """The tickets that a model carries, and what is needed to remove them in any order."""
 
     tickets: list[tuple[list[int], str]]  # token_ids and embedding_scope
-    earlier: dict[int, Tensor]  # a row (D,) before any ticket, by token id
-    untied: bool  # the head was untied for one of them
+    earlier: dict[int, Tensor]  # by token id: the row (D,) before any ticket
+    untied: bool  # whether the head was untied for one of them
 
     def ids(self, *scopes: str) -> set[int]:
-        """The ids of the rows that tickets of these scopes replace."""
+        """Token ids of the tickets with these scopes."""
         return {number for ids, scope in self.tickets if scope in scopes for number in ids}
 
 
 @dataclass
 class Ticket:
-    """Drawn rows: lists with one entry a row, how they were drawn, and the rows themselves.
+    """Drawn rows with their statistics, how they were drawn, and their values.
 
     Attributes
     ----------
-    token_ids, tokens, count, statistic, pvalue, shift_ratio : lists of length K, token_ids ascending. `tokens` are the
-        tokenizer's raw pieces ("Ġthe", "<0x0A>"), "" where no tokenizer was given
-    alpha, selection, method, num_samples, vocab_size, embedding_scope, tested_dtype : how they were drawn
-    base : fingerprint of the base model: vocab_size, num_samples, dtype, and sha256 of base_rows_KD
-    source : where the rows came from (`base`, `before`, `after`, `stage`, versions); what a JSON file can hold
-    rows_KD : float32 (K, D), the tuned rows; absolute values
-    base_rows_KD : (K, D) in the base model's dtype, the same rows before tuning
-    count_V : int32 (V,), k of every token: another alpha needs no second test
+    token_ids, tokens, count, statistic, pvalue, shift_ratio : lists of length K
+        One entry per row, by ascending token id. `tokens` are the tokenizer's raw pieces ("Ġthe", "<0x0A>"), or "" if no
+        tokenizer was given.
+    alpha, selection, method, num_samples, vocab_size, embedding_scope, tested_dtype
+        How they were drawn.
+    base : dict
+        Fingerprint of the base model: vocab_size, num_samples, dtype, and sha256 of base_rows_KD.
+    source : dict
+        Provenance (`base`, `before`, `after`, `stage`, versions), as JSON.
+    rows_KD : float32 tensor (K, D)
+        The tuned rows, absolute values.
+    base_rows_KD : tensor (K, D) of the base model's dtype
+        The same rows before tuning.
+    count_V : int32 tensor (V,)
+        k of every token, so that another alpha needs no second test.
     """
 
     token_ids: list[int]
@@ -83,7 +90,7 @@ class Ticket:
         return len(self.token_ids)
 
     def with_rows(self, rows_KD: Tensor, **source: Any) -> Ticket:
-        """The same ticket with newly tuned rows (K, D); `source` entries are added to those there are."""
+        """A copy with other rows (K, D) and additional `source` entries."""
         if rows_KD.shape != self.rows_KD.shape:
             raise ValueError(f"the ticket has rows {tuple(self.rows_KD.shape)}, not {tuple(rows_KD.shape)}")
         rows_KD = rows_KD.detach().cpu().float().clone()
@@ -97,7 +104,7 @@ class Ticket:
         *,
         base_model: str | None = None,
     ) -> None:
-        """Writes the ticket as a folder that `PeftModel.from_pretrained(base, folder)` loads, whole or not at all.
+        """Writes the ticket as a folder that `PeftModel.from_pretrained(base, folder)` loads, atomically.
 
         Parameters
         ----------
@@ -109,12 +116,12 @@ class Ticket:
             The output head's name if it is tied to the embedding, such as "lm_head".
         base_model
             Folder or Hub id of the base model, by which `AutoPeftModelForCausalLM.from_pretrained(folder)` finds
-            it; by default what `source` names as `base` or `before`. It is recorded as `source["base"]`
+            it; recorded as `source["base"]`. Default: `base` or `before` of `source`.
 
         Raises
         ------
         ValueError
-            For an empty ticket, and where `folder` exists and is no ticket.
+            For an empty ticket, or if `folder` exists and is not a ticket.
         """
         if not self.token_ids:
             raise ValueError("an empty ticket has no rows to save")
@@ -127,12 +134,12 @@ class Ticket:
 
     @classmethod
     def load(cls, folder: str | Path) -> Ticket:
-        """Reads a ticket folder: safetensors and JSON only, checksums compared.
+        """Reads a ticket folder (safetensors and JSON) and verifies its checksums.
 
         Raises
         ------
         ValueError
-            Naming the file that is missing, truncated, changed or at odds with another.
+            Names the file that is missing, truncated, changed or inconsistent with another.
         """
         record, rows_KD, base_rows_KD, count_V = read_ticket(Path(folder))
         scalars = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record}
@@ -141,7 +148,7 @@ class Ticket:
     def check_shape(self, vocab_size: int, num_samples: int, *, resized: bool = False) -> None:
         """Raises ValueError unless the ticket was drawn on an embedding of this shape.
 
-        With `resized` the vocabulary may have another size, as long as it has all of the ticket's ids.
+        With `resized`, the vocabulary may have another size if it has all of the ticket's ids.
         """
         fits = num_samples == self.num_samples and max(self.token_ids, default=0) < vocab_size
         if fits and (resized or vocab_size == self.vocab_size):
@@ -153,18 +160,23 @@ class Ticket:
         )
 
     def check_base(self, rows_KD: Tensor, tokens: Sequence[str | None] | None = None) -> None:
-        """Raises ValueError unless a model with these rows at `token_ids` is the one that the ticket was drawn on.
+        """Raises ValueError unless the ticket was drawn on a model with these rows at `token_ids`.
 
-        The coarser of the two dtypes decides: a base in float32 is recognised by a model that computes in bfloat16, and
-        the other way round. `tokens` are the texts that the model's tokenizer gives the ticket's ids.
+        Parameters
+        ----------
+        rows_KD : tensor (K, D)
+            The model's rows. They are compared in the narrower of the two dtypes, so that a float32 base is recognised in
+            bfloat16 and vice versa.
+        tokens : sequence of K strings, optional
+            The ticket's ids in the model's tokenizer.
         """
         dtype = min(rows_KD.dtype, self.base_rows_KD.dtype, key=lambda dtype: dtype.itemsize)
         differs_K = differing_rows(rows_KD.to(dtype), self.base_rows_KD.to(dtype))
         if differs_K.any():
             first = self.token_ids[int(differs_K.int().argmax())]
             raise ValueError(
-                f"the ticket was drawn on another base model: {int(differs_K.sum())} of its {len(self)} rows have other "
-                f"values there, the first is token {first} (force overrides)"
+                f"the ticket was drawn on another base model: {int(differs_K.sum())} of its {len(self)} rows differ, the "
+                f"first is token {first} (force overrides)"
             )
         for number, own, other in zip(self.token_ids, self.tokens, tokens or self.tokens, strict=True):
             if own and own != other:
@@ -174,18 +186,25 @@ class Ticket:
                 )
 
     def apply(self, model: Any, *, tokenizer: Any = None, force: bool = False) -> None:
-        """Puts the tuned rows into a Hugging Face model, in the model's dtype.
+        """Writes the tuned rows into a Hugging Face model, in the model's dtype.
 
-        With embedding_scope "input" a tied head is untied first and keeps the base values (one more V x D matrix);
-        with "shared" a tied head moves too. `remove` undoes it to the bit. A model can carry several tickets, whose rows
-        must agree where they overlap; they are removed in any order.
+        With embedding_scope "input", a tied head is first untied and keeps the base values (another V x D matrix); with
+        "shared", a tied head changes too. `remove` restores the model bit by bit. A model can have several tickets if
+        their common rows agree; they can be removed in any order.
+
+        Parameters
+        ----------
+        model : Hugging Face causal language model
+        tokenizer : transformers tokenizer, optional
+            The model's; its tokens are compared with the ticket's.
+        force : bool
+            Accept any model with the ticket's ids and row width.
 
         Raises
         ------
         ValueError
-            Where `model` is not the base that the ticket was drawn on (`force` accepts any with the ticket's ids and row
-            width), carries this ticket already or another one with other values for one of its rows, is an
-            encoder-decoder, or is partitioned by ZeRO-3.
+            If `model` is not the base that the ticket was drawn on, already has this ticket or another with different
+            values for one of its rows, is an encoder-decoder, or is partitioned by ZeRO-3.
         """
         embedding = _plain_embedding(model)
         head = model.get_output_embeddings()
@@ -194,7 +213,7 @@ class Ticket:
         self.check_shape(*weight_VD.shape, resized=force)
         carried = getattr(embedding, _CARRIED, _Carried([], {}, untied=False))
         if any(ids == self.token_ids for ids, _ in carried.tickets):
-            raise ValueError("the model carries a ticket of these rows already; remove that one first")
+            raise ValueError("the model already has a ticket of these rows; remove it first")
         rows_KD = self.rows_KD.to(weight_VD)
         earlier_KD = weight_VD.detach()[ids_K]
         other_K = differing_rows(earlier_KD, rows_KD)
@@ -202,7 +221,7 @@ class Ticket:
             if number in carried.earlier:
                 if other_K[place]:
                     raise ValueError(
-                        f"the model carries a ticket with another value for token {number}; remove that one first"
+                        f"the model already has a ticket with another value for token {number}; remove it first"
                     )
                 earlier_KD[place] = carried.earlier[number]
         if not force:
@@ -223,15 +242,15 @@ class Ticket:
         setattr(embedding, _CARRIED, carried)
 
     def remove(self, model: Any) -> None:
-        """Undoes `apply`: the rows get their earlier bits back, and a head that was untied for it is tied again.
+        """Undoes `apply`: restores the rows bit by bit, and ties a head again that was untied for it.
 
-        In a model whose rows were merged elsewhere (by `transfer`, or by PEFT) the ticket's base rows are put back. Rows
-        that another ticket carries too stay until that one is removed.
+        If the rows were merged by `transfer` or PEFT, the ticket's base rows are written. Rows of another applied ticket
+        are kept until that one is removed.
 
         Raises
         ------
         ValueError
-            Where the model does not carry this ticket's rows.
+            If the model does not have this ticket's rows.
         """
         embedding = _plain_embedding(model)
         head = model.get_output_embeddings()
@@ -243,7 +262,7 @@ class Ticket:
         if (not carried.earlier.keys().isdisjoint(self.token_ids) and own not in carried.tickets) or differing_rows(
             weight_VD.detach()[ids_K], self.rows_KD.to(weight_VD.dtype)
         ).any():
-            raise ValueError("the model does not carry this ticket's rows, so they cannot be removed")
+            raise ValueError("the model does not have this ticket's rows, so they cannot be removed")
         earlier = dict(zip(self.token_ids, self.base_rows_KD.to(weight_VD), strict=True))
         if own in carried.tickets:
             carried.tickets.remove(own)
@@ -277,7 +296,32 @@ def make_ticket(
     embedding_scope: str = "input",
     source: dict[str, Any] | None = None,
 ) -> Ticket:
-    """A ticket from a test, the ids drawn, and those rows before and after; `tokens` are the K rows' texts."""
+    """A ticket from a test, the selected ids, and these rows before and after tuning.
+
+    Parameters
+    ----------
+    shift : Shift
+        The test of all tokens.
+    ids : int64 tensor (K,)
+        Selected token ids, ascending.
+    base_rows_KD : tensor (K, D)
+        These rows before tuning, in the base model's dtype.
+    rows_KD : floating tensor (K, D)
+        These rows after tuning.
+    selection, alpha, method
+        How they were selected, to be recorded.
+    tokens : sequence of K strings, optional
+        The tokens as text.
+    embedding_scope : {'input', 'shared'}
+        As in `draw_ticket`.
+    source : dict, optional
+        Provenance, to be recorded.
+
+    Raises
+    ------
+    ValueError
+        For an unknown embedding_scope.
+    """
     if embedding_scope not in SCOPES:
         raise ValueError(f"embedding_scope is {embedding_scope!r}; it must be one of {', '.join(SCOPES)}")
     ids = ids.cpu()
@@ -327,8 +371,8 @@ def draw_ticket(
 ) -> Ticket:
     """Draws the rows of an embedding whose distribution shifted between two checkpoints.
 
-    Every row of `after` is compared with the same row of `before` by the two-sample Kolmogorov-Smirnov test, its D
-    coordinates being the sample.
+    The two-sample Kolmogorov-Smirnov test compares every row of `after` with the same row of `before`; a row's D
+    coordinates are the sample.
 
     Parameters
     ----------
@@ -356,7 +400,7 @@ def draw_ticket(
     Returns
     -------
     Ticket
-        With the drawn rows of `after` as its rows. It is empty where no row passes.
+        Its rows are the drawn rows of `after`. It is empty if no row passes.
 
     Raises
     ------
@@ -402,17 +446,14 @@ def draw_ticket(
 
 
 def differing_rows(left_KD: Tensor, right_KD: Tensor) -> Tensor:
-    """Which rows of two matrices of one dtype differ in any bit, bool (K,) on the CPU; NaN equals itself here."""
+    """Which rows of two matrices of one dtype differ in any bit, bool (K,) on the CPU; a NaN equals itself."""
     left, right = (matrix.cpu().contiguous().view(torch.uint8) for matrix in (left_KD, right_KD))
     return (left != right).any(1)
 
 
 def _plain_embedding(model: Any) -> Any:
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, whose parts look rows up separately; tickets are for causal "
-            "language models"
-        )
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; tickets are for causal language models")
     embedding = model.get_input_embeddings()
     if embedding.weight.numel() == 0:  # as ZeRO-3 leaves it
         raise ValueError("the embedding is partitioned by ZeRO-3; apply the ticket before deepspeed.initialize")
@@ -420,18 +461,18 @@ def _plain_embedding(model: Any) -> Any:
 
 
 def _check_only_head_is_tied(model: Any, head: Any) -> None:
-    """Raises ValueError where more than the head's weight is tied: the config knows one flag for all of it."""
+    """Raises ValueError if more than the head's weight is tied, since the config has one flag for all of it."""
     for name in model.get_expanded_tied_weights_keys(all_submodels=True):
         module, _, parameter = name.rpartition(".")
         if model.get_submodule(module) is not head or parameter != "weight":
             raise ValueError(
-                f"untying the output head would untie {name} of {type(model).__name__} as well, so that the model could not "
-                "be saved; draw the ticket with embedding_scope 'shared', which moves the head too"
+                f"untying the output head would also untie {name} of {type(model).__name__}, and the model could not be "
+                "saved; draw the ticket with embedding_scope 'shared', which changes the head too"
             )
 
 
 def _set_tied(model: Any, tied: bool) -> None:
-    """Says in the config whether head and embedding are one, and makes transformers' list of tied weights agree."""
+    """Sets tie_word_embeddings and updates transformers' list of tied weights."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -1,12 +1,12 @@
-"""A ticket's folder: four files, whole or absent, read without ever unpickling.
+"""A ticket's folder: four files, written atomically, without pickles.
 
 adapter_config.json, adapter_model.safetensors   what PEFT loads (TRAINABLE_TOKENS, absolute rows in float32)
 ticket.json                                      the record: lists and scalars, fingerprint of the base, provenance
 ks.safetensors                                   `count` int32 (V,), `base_rows` (K, D) in the base model's dtype
 
-Choices and what they cost: every byte that carries meaning is covered by a SHA-256 in ticket.json, which covers itself
-too, so a flipped bit is found when loading; the price is that ticket.json cannot be edited by hand. In
-adapter_config.json only what decides the rows is compared, since people do edit the base model's name there.
+Choices and what they cost: SHA-256 checksums in ticket.json cover the tensors and ticket.json itself, so loading finds a
+flipped bit; but ticket.json cannot be edited by hand. In adapter_config.json only the keys that determine the rows are
+compared, since users edit the base model's name there.
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ class _TicketRecord(Record):
         lists["source.train_frequency"] = self.source.train_frequency
         for name, values in lists.items():
             if values is not None and len(values) != len(ids):
-                raise ValueError(f"{name} has {len(values)} entries beside {len(ids)} token_ids")
+                raise ValueError(f"{name} has {len(values)} entries for {len(ids)} token_ids")
         if any(left >= right for left, right in zip(ids, ids[1:], strict=False)):
             raise ValueError("token_ids are not in ascending order")
         if ids[-1] >= self.vocab_size:
-            raise ValueError(f"token_ids leave the vocabulary of {self.vocab_size}")
+            raise ValueError(f"token_ids exceed the vocabulary of {self.vocab_size}")
         if max(self.count) > self.num_samples:
             raise ValueError(f"count is above num_samples ({self.num_samples})")
         return self
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values as they lie in memory, in its own dtype."""
+    """SHA-256 of a tensor's bytes in its own dtype."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -95,7 +95,7 @@ def write_ticket(
     base_rows_KD: Tensor,  # in the base model's dtype
     count_V: Tensor,  # int32
 ) -> None:
-    """Writes the four files. Raises ValueError where `folder` holds something that is no ticket."""
+    """Writes the four files. Raises ValueError if `folder` exists and is not a ticket."""
     folder = Path(folder)
     if folder.exists():
         foreign = [folder.name] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - FILES)
@@ -103,10 +103,10 @@ def write_ticket(
             raise ValueError(f"{folder} exists and is not a ticket (it holds {foreign[0]}); choose another folder")
     rows_KD = rows_KD.cpu().contiguous()
     base_rows_KD = base_rows_KD.cpu().contiguous()
-    # A tied head gets the same rows under its own name, as PEFT itself writes them: without it PEFT warns.
+    # A tied head has the same rows under its own name, as PEFT writes them; PEFT warns if they are missing.
     adapter = {f"base_model.model.{name}.trainable_tokens_delta": rows_KD.clone() for name in module_names}
     with atomic_folder(folder) as draft:
-        # Not by save_file, which has an error of its own for a full disk.
+        # Not save_file, which raises SafetensorError instead of OSError for a full disk.
         (draft / ADAPTER_MODEL).write_bytes(safetensors.torch.save(adapter, metadata={"format": "pt"}))
         ks = {"count": count_V.cpu().contiguous(), "base_rows": base_rows_KD}
         (draft / KS_TENSORS).write_bytes(safetensors.torch.save(ks))
@@ -126,7 +126,7 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
     Raises
     ------
     ValueError
-        Naming the file that is missing, truncated, changed, or at odds with another.
+        Names the file that is missing, truncated, changed or inconsistent with another.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -134,12 +134,12 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
     for name in sorted(FILES):
         if not (folder / name).is_file():
             pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
-            hint = f" ({pickled[0]} is pickled, and pickles are never loaded)" if pickled else ""
+            hint = f" ({pickled[0]} is a pickle, which ksl_ds never loads)" if pickled else ""
             raise ValueError(f"{folder / name} is missing; a ticket is the four files {', '.join(sorted(FILES))}{hint}")
     record = _read_object(folder / TICKET_JSON)
     stated = record.pop("sha256", None)
     if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{folder / TICKET_JSON} is not in ticket format {FORMAT_VERSION}")
+        raise ValueError(f"{folder / TICKET_JSON} does not have ticket format {FORMAT_VERSION}")
     if stated != _record_sha256(record):
         raise ValueError(f"{folder / TICKET_JSON} does not match its own checksum; it was damaged or edited")
     checked(record, _TicketRecord, str(folder / TICKET_JSON))
@@ -157,9 +157,9 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
     ]:
         if tuple(tensor.shape) != shape or str(tensor.dtype) != f"torch.{dtype}":
             found = f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
-            raise ValueError(f"{path} holds a tensor {found} where {TICKET_JSON} asks for {shape} {dtype}")
+            raise ValueError(f"{path} holds a tensor {found}, but {TICKET_JSON} requires {shape} {dtype}")
     if tensor_sha256(ks["base_rows"]) != record["base"]["sha256"]:
-        raise ValueError(f"{folder / KS_TENSORS}: base_rows are not the rows that {TICKET_JSON} fingerprints")
+        raise ValueError(f"{folder / KS_TENSORS}: base_rows do not match the fingerprint in {TICKET_JSON}")
     if ks["count"][torch.tensor(record["token_ids"], dtype=torch.int64)].tolist() != record["count"]:
         raise ValueError(f"{folder / KS_TENSORS}: count differs from the counts in {TICKET_JSON}")
 
@@ -167,7 +167,7 @@ def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
     expected = _adapter_config(record, record["modules"][0])
     for name in ("peft_type", "token_indices", "target_modules", "init_weights", "inference_mode"):
         if config.get(name) != expected[name]:
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: {name} is at odds with {TICKET_JSON}")
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: {name} does not match {TICKET_JSON}")
     return record, adapter[min(adapter)], ks["base_rows"], ks["count"]
 
 
@@ -189,14 +189,14 @@ def _read_tensors(path: Path, checksums: dict[str, str], names: set[str]) -> dic
     content = path.read_bytes()
     if _sha256(content) != checksums.get(path.name):
         raise ValueError(
-            f"{path} does not match its checksum in {TICKET_JSON}; it is truncated, damaged or not its own"
+            f"{path} does not match its checksum in {TICKET_JSON}; it is truncated, damaged or of another ticket"
         )
     try:
         tensors = safetensors.torch.load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if tensors.keys() != names:
-        raise ValueError(f"{path} holds {sorted(tensors)} where {sorted(names)} belong")
+        raise ValueError(f"{path} holds {sorted(tensors)}; it must hold {sorted(names)}")
     return tensors
 
 

@@ -1,13 +1,12 @@
-"""Checkpoints within a training run: whole or absent, recognised when damaged, and never a pickle that could run code.
+"""Checkpoints during training: atomic, verified on loading, no code in pickles.
 
-A checkpoint is a folder `step-00000120` with `state.json` (step, data position, draws so far), one `rank-*.safetensors` a rank
-(random number generators), what the training itself needs (states.py), and `manifest.json` with size and SHA-256 of each
-of these. It is written under another name, and renamed when all ranks are done and the manifest is on disk. Frozen weights
-are not in it: they are the base model's.
+A checkpoint is a folder `step-00000120` with `state.json` (step, draws so far), one `rank-*.safetensors` per rank (random
+number generators), the training state (states.py), and `manifest.json` with the size and SHA-256 of each file. It is
+written under a temporary name and renamed when all ranks have finished and the manifest is on disk. Frozen weights are not
+in it; they come from the base model.
 
-Choices and what they cost: every rank hashes what it wrote, which reads the file once more, from the page cache; all
-ranks must see one file system. The data order is a pure function of seed and step, so no position within an epoch is
-kept.
+Choices and what they cost: every rank hashes what it wrote, which reads the file again from the page cache; all ranks need a
+shared file system. The data order is a function of seed and step, so no position within an epoch is saved.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class TrainingState(Protocol):
-    """The part of a checkpoint that depends on how a training runs; see states.py. Methods are collective."""
+    """The part of a checkpoint that depends on the training method; see states.py. Methods are collective."""
 
     any_world_size: bool  # whether another number of ranks can load it
 
     def bytes_of_rank(self) -> int:
-        """About how much this rank will write."""
+        """About how many bytes this rank will write."""
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes into `folder` and returns what this rank wrote; raises OSError only after all communication."""
+        """Writes to `folder` and returns this rank's files; raises OSError only after all communication."""
 
     def load(self, folder: Path) -> None:
-        """Puts back what `save` wrote. Raises UserError on every rank where it does not fit."""
+        """Restores what `save` wrote. Raises UserError on every rank if it does not fit."""
 
 
 class _State(Record):
@@ -59,12 +58,14 @@ class _State(Record):
 
 
 class Checkpoints:
-    """The checkpoints of one training run in a folder that all ranks see.
+    """The checkpoints of one training run, in a folder on a shared file system.
 
     Parameters
     ----------
-    folder : is made when the first one is saved
-    keep_last : how many to keep, the newest
+    folder
+        Is created by the first save.
+    keep_last
+        Number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep_last: int):
@@ -72,20 +73,29 @@ class Checkpoints:
         self._keep_last = keep_last
 
     def save(self, step: int, training: TrainingState, state: dict[str, Any]) -> None:
-        """Writes the checkpoint of `step`, `state` being what JSON can hold, and removes those beyond `keep_last`.
+        """Writes the checkpoint of `step` and deletes those beyond `keep_last`. Collective.
+
+        Parameters
+        ----------
+        step
+            Optimizer steps done.
+        training
+            Weights, moments, schedule.
+        state
+            More to save, as JSON.
 
         Raises
         ------
         UserError
-            On every rank, where it cannot be written; the checkpoints there were stay.
+            On every rank, if it cannot be written; earlier checkpoints are kept.
         """
         draft = self.folder / f".draft-{step:08d}"
         failure = None
-        self._on_main(step, lambda: self._make_room(draft))
+        self._on_rank0(step, lambda: self._make_draft(draft))
         self._check_space(step, training)
         digests: dict[str, Any] = {}
         try:
-            written = training.save(draft)  # first, since it is collective: whoever fails below leaves nobody waiting
+            written = training.save(draft)  # collective, so first: a failure below leaves no rank waiting
             written.append(draft / f"rank-{distributed.rank():05d}.safetensors")
             safetensors.torch.save_file(_generators(), written[-1])
             for path in written:
@@ -96,22 +106,22 @@ class Checkpoints:
         distributed.raise_if_any_rank(failure)
         digests_of_ranks = distributed.gather_objects(digests)
         state = {**state, "step": step, "world_size": distributed.world_size()}
-        self._on_main(step, lambda: self._publish(draft, step, state, digests_of_ranks))
+        self._on_rank0(step, lambda: self._publish(draft, step, state, digests_of_ranks))
 
     def load(self, training: TrainingState) -> dict[str, Any] | None:
-        """Puts the newest checkpoint that is whole into `training` and returns its state; None where there is none.
+        """Loads the newest valid checkpoint into `training` and returns its state; None if there is none. Collective.
 
-        Damaged ones are passed over, which rank 0 says in a line each.
+        Damaged checkpoints are skipped with a warning.
 
         Raises
         ------
         UserError
-            On every rank, where it was written by another number of ranks and cannot be dealt out anew.
+            On every rank, if it was written by another number of ranks and cannot be repartitioned.
         """
         for folder in distributed.broadcast_from_rank0(self._newest_first()):
             damage = self._damage(folder)
             if damage is not None:
-                logger.warning(f"checkpoint {folder} is damaged ({damage}); the one before is taken")
+                logger.warning(f"checkpoint {folder} is damaged ({damage}); trying the previous one")
                 continue
             state = read_json(folder / STATE)
             check_ranks(folder, state["world_size"], training.any_world_size)
@@ -122,7 +132,7 @@ class Checkpoints:
         return None
 
     def check_newest(self, any_world_size: bool) -> None:
-        """Raises UserError where the newest checkpoint needs another number of ranks; damage is for `load` to find."""
+        """Raises UserError if the newest checkpoint needs another number of ranks; `load` checks for damage."""
         for folder in self._newest_first()[:1]:
             ranks = distributed.world_size()
             with suppress(OSError, ValueError, KeyError, TypeError):
@@ -130,7 +140,7 @@ class Checkpoints:
             check_ranks(folder, ranks, any_world_size)
 
     def remove(self) -> None:
-        """Removes all of them: the training is over and what it left is saved elsewhere."""
+        """Deletes all checkpoints, after the stage's result is saved. Collective."""
         if distributed.is_rank0():
             shutil.rmtree(self.folder, ignore_errors=True)
         distributed.barrier()
@@ -138,8 +148,8 @@ class Checkpoints:
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
-    def _on_main(self, step: int, work: Callable[[], None]) -> None:
-        """Works on rank 0; a failure is everybody's, with the step whose checkpoint is not there for it."""
+    def _on_rank0(self, step: int, work: Callable[[], None]) -> None:
+        """Calls `work` on rank 0; its OSError becomes a UserError on all ranks that names the step."""
 
         def guarded() -> None:
             try:
@@ -149,24 +159,22 @@ class Checkpoints:
 
         distributed.run_on_rank0(guarded)
 
-    def _make_room(self, draft: Path) -> None:
+    def _make_draft(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".draft-*"):
             shutil.rmtree(leftover)
         draft.mkdir()
 
     def _check_space(self, step: int, training: TrainingState) -> None:
-        """So that in all but rare cases nobody runs out of disk in the midst of DeepSpeed's own saving."""
+        """Raises UserError on every rank if the disk is too full, before DeepSpeed starts to write."""
         needed = sum(distributed.gather_objects(training.bytes_of_rank()))
         with distributed.raise_on_all_ranks():
             if not self.folder.is_dir():
-                raise UserError(
-                    f"{self.folder} is not there on every host: run_dir must be on a file system that all see"
-                )
+                raise UserError(f"{self.folder} does not exist on every host; run_dir must be on a shared file system")
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise UserError(
-                    f"{self._cannot(step)}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there"
+                    f"{self._cannot(step)}: it needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
                 )
 
     def _publish(self, draft: Path, step: int, state: dict[str, Any], digests_of_ranks: list[dict[str, Any]]) -> None:
@@ -188,14 +196,14 @@ class Checkpoints:
         reason = f" ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})" if error else ""
         kept = self._newest_first()
         last = (
-            f"the last one, {kept[0]}, is whole: make room and go on with resume=auto"
+            f"the last one, {kept[0]}, is complete: free disk space and resume with resume=auto"
             if kept
             else "there is no earlier one"
         )
         return f"the checkpoint of step {step} cannot be written to {self.folder}{reason}; {last}"
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, the same on every rank; each hashes its share of the files."""
+        """What is wrong with a checkpoint, the same on every rank; the files are divided over the ranks."""
         found = None
         try:
             digests = read_json(folder / MANIFEST)
@@ -215,16 +223,16 @@ class Checkpoints:
         except UserError as error:
             found = str(error)
         except (ValueError, TypeError, AttributeError):
-            found = f"{MANIFEST} is broken"
+            found = f"{MANIFEST} is not a manifest"
         return next(filter(None, distributed.gather_objects(found)), None)
 
 
 def check_ranks(folder: Path, ranks: int, any_world_size: bool) -> None:
-    """Raises UserError where a checkpoint that so many ranks wrote cannot be loaded by the ranks there are."""
+    """Raises UserError if a checkpoint written by `ranks` ranks cannot be loaded by the current number."""
     if ranks != distributed.world_size() and not any_world_size:
         raise UserError(
-            f"checkpoint {folder} was written by {ranks} ranks, and DeepSpeed cannot deal it out to "
-            f"{distributed.world_size()}; start {ranks} ranks (only partial_tuning.mode=rows can change their number)"
+            f"checkpoint {folder} was written by {ranks} ranks, and DeepSpeed cannot repartition it to "
+            f"{distributed.world_size()}; start {ranks} ranks (only partial_tuning.mode=rows can change the number)"
         )
 
 

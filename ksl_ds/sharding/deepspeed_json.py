@@ -1,9 +1,9 @@
-"""Reading a DeepSpeed JSON: every mistake in it is one sentence, before a model is loaded.
+"""Reads a DeepSpeed JSON and reports every mistake in one sentence, before a model is loaded.
 
-DeepSpeed itself ignores unknown keys outside its sections, converts "3" and true to numbers, and finds many mistakes only
-while it trains. Here the file is checked against DeepSpeed's own classes for its sections and a list of the other keys that
-have a meaning in this program. What comes out is in one form (5e7 is 50000000, old names are the new ones, "auto" and null
-are left out), so that two files that say the same are equal.
+DeepSpeed ignores unknown keys outside its sections, converts "3" and true to numbers, and finds many mistakes only during
+training. Here the file is checked against DeepSpeed's classes for its sections and a list of the other keys that ksl_ds
+supports. The result is normalised (5e7 is 50000000, old names are replaced, "auto" and null are removed), so that equivalent
+files are equal.
 
 Importing this module imports deepspeed.
 """
@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ksl_ds.config.load import shipped_hint
 from ksl_ds.errors import UserError
 
-# What the recipe decides, and the key of the recipe that decides it.
+# Keys that the recipe sets, and the recipe's key.
 OWNED_BY_RECIPE = {
     "optimizer": "embed_tuning, partial_tuning, ...",
     "scheduler": "embed_tuning.schedule, partial_tuning.schedule, ...",
@@ -44,8 +44,8 @@ REMOVED_FROM_DEEPSPEED = (
     "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
     "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
 )  # fmt: skip
-# Features that change gradients, partitioning, data or checkpoints in ways that training of rows was not tested with, and
-# settings of parts of DeepSpeed that this program does not use.
+# Features that change gradients, partitioning, data or checkpoints in ways that were not tested with the training of rows,
+# and settings of parts of DeepSpeed that ksl_ds does not use.
 UNSUPPORTED = (
     "aio", "autotuning", "checkpoint", "compile", "data_efficiency", "data_parallel_size", "data_types",
     "datastates_ckpt", "dataloader_drop_last", "disable_allgather", "expert_parallel", "gradient_allreduce_op",
@@ -67,7 +67,7 @@ LARGEST = 2**63 - 1
 
 
 class FlopsProfiler(DeepSpeedConfigModel):
-    """DeepSpeed reads this section without a class of its own."""
+    """The section flops_profiler, for which DeepSpeed has no class."""
 
     enabled: bool = False
     recompute_fwd_factor: float = 0.0
@@ -79,7 +79,7 @@ class FlopsProfiler(DeepSpeedConfigModel):
 
 
 class Json(DeepSpeedConfigModel):
-    """The keys that a DeepSpeed JSON may have here. The first five must agree with the recipe."""
+    """The keys that a DeepSpeed JSON may have. The first five must agree with the recipe."""
 
     train_micro_batch_size_per_gpu: int | None = None
     gradient_accumulation_steps: int | None = None
@@ -100,7 +100,7 @@ class Json(DeepSpeedConfigModel):
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
 
 
-# Keys that change what is logged, and nothing that is computed.
+# Keys that change logging only.
 LOGGING_KEYS = (
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "log_level",
@@ -108,7 +108,7 @@ LOGGING_KEYS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON, checked and in one form. Raises UserError."""
+    """The content of a DeepSpeed JSON, checked and normalised. Raises UserError."""
     content = _parse(path)
     given = _without_auto(content)
     _refuse_unsupported(path, given)
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
         config = Json(**given)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
-    except (AssertionError, TypeError) as error:  # an old key beside the new one; a section that is none
+    except (AssertionError, TypeError) as error:  # an old key beside the new one; a section that is not an object
         raise UserError(f"{path}: {error}") from None
     _refuse_other_types(path, given, config, "")
     found: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
@@ -127,10 +127,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_with_deepspeed(path: Path, config: dict[str, Any]) -> None:
-    """Has DeepSpeed parse a complete configuration as it will for training. Raises UserError."""
+    """Has DeepSpeed parse a complete configuration, as for training. Raises UserError."""
     try:
         DeepSpeedConfig(copy.deepcopy(config))
-    except Exception as error:  # assertions, ValueErrors and a kind of its own, each with a sentence
+    except Exception as error:  # AssertionError, ValueError and DeepSpeed's own
         raise UserError(f"DeepSpeed does not accept {path}: {' '.join(str(error).split())}") from None
 
 
@@ -139,7 +139,7 @@ def _parse(path: Path) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"deepspeed: {path} has the key {name!r} twice; take one out")
+                raise UserError(f"deepspeed: {path} has the key {name!r} twice; remove one")
         return dict(pairs)
 
     def finite(word: str) -> float | int:
@@ -180,16 +180,16 @@ def _without_auto(content: Any) -> Any:
 def _refuse_unsupported(path: Path, given: dict[str, Any]) -> None:
     for name in given:
         if name in OWNED_BY_RECIPE:
-            raise UserError(f"{path} has {name!r}, which the recipe decides ({OWNED_BY_RECIPE[name]}); take it out")
+            raise UserError(f"{path} has {name!r}, which the recipe sets ({OWNED_BY_RECIPE[name]}); remove it")
         if name in REMOVED_FROM_DEEPSPEED:
-            raise UserError(f"{path} has {name!r}, a feature that was removed from DeepSpeed; take it out")
+            raise UserError(f"{path} has {name!r}, a feature that was removed from DeepSpeed; remove it")
         if name in UNSUPPORTED:
-            raise UserError(f"{path} has {name!r}, which ksl_ds does not support; take it out")
+            raise UserError(f"{path} has {name!r}, which ksl_ds does not support; remove it")
     for name in UNSUPPORTED_IN_SECTIONS:
         value = _select(given, name)
         used = value if isinstance(value, bool) else value not in (None, 0, 1, -1)
         if used:
-            raise UserError(f"{path} asks for {name}, which ksl_ds does not support; take it out")
+            raise UserError(f"{path} sets {name}, which ksl_ds does not support; remove it")
     for name in ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"):
         if _select(given, name) == "nvme":
             raise UserError(f"{path} has {name} = nvme, which ksl_ds does not support; use cpu")
@@ -199,11 +199,11 @@ def _refuse_unsupported(path: Path, given: dict[str, Any]) -> None:
             f"{path} has zero_optimization.allgather_bucket_size = {bucket}; DeepSpeed needs an even number"
         )
     if _select(given, "zero_optimization.compute_grad_norm") is False:
-        raise UserError(f"{path} has zero_optimization.compute_grad_norm = false, but the norm is logged; take it out")
+        raise UserError(f"{path} has zero_optimization.compute_grad_norm = false, but the norm is logged; remove it")
 
 
 def _select(content: Any, dotted: str) -> Any:
-    """The value of a dotted key; None where there is none, or something else than a section on the way."""
+    """The value of a dotted key; None if it or one of its sections is missing."""
     for name in dotted.split("."):
         content = content.get(name) if isinstance(content, dict) else None
     return content
@@ -212,7 +212,7 @@ def _select(content: Any, dotted: str) -> Any:
 def _refuse_unknown_keys(path: Path, given: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
     sections = _sections(model)
     for name, value in given.items():
-        if not prefix and name in OWNED_BY_RECIPE:  # left to the recipe by "auto", or refused before
+        if not prefix and name in OWNED_BY_RECIPE:  # "auto", or refused before
             continue
         if name not in sections:
             _unknown_key(path, prefix + name)
@@ -226,12 +226,12 @@ def _unknown_key(path: Path, name: str) -> NoReturn:
     last_parts = {known_name.rpartition(".")[2]: known_name for known_name in reversed(known)}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     near = near or [last_parts[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1)]
-    hint = f"did you mean {near[0]}?" if near else "take it out"
+    hint = f"did you mean {near[0]}?" if near else "remove it"
     raise UserError(f"{path} has the unknown key {name!r}; {hint}")
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The keys of a section, by the names that a file may use, and the class of those that are sections themselves."""
+    """The keys of a section by all of their names, each with its class if it is a section itself."""
     sections: dict[str, type[BaseModel] | None] = {}
     for name, entry in model.model_fields.items():
         kinds = [kind for kind in (entry.annotation, *get_args(entry.annotation)) if isinstance(kind, type)]
@@ -250,7 +250,7 @@ def _known_keys(model: type[BaseModel], prefix: str) -> list[str]:
 
 
 def _refuse_other_types(path: Path, given: dict[str, Any], config: BaseModel, prefix: str) -> None:
-    """Text and booleans that were converted to numbers, and numbers without a machine's type."""
+    """Refuses text and booleans that were converted to numbers, and numbers beyond 64 bits."""
     name_of = {entry.alias: name for name, entry in type(config).model_fields.items() if entry.alias is not None}
     for name, value in given.items():
         taken = getattr(config, name_of.get(name, name), value)
@@ -265,7 +265,7 @@ def _refuse_other_types(path: Path, given: dict[str, Any], config: BaseModel, pr
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing that DeepSpeed's classes have against a JSON, in a sentence."""
+    """The first validation error of DeepSpeed's classes, in a sentence."""
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))
     if first["type"] in ("value_error", "assertion_error"):

@@ -1,4 +1,4 @@
-"""The draw on whole rows of a sharded embedding: every rank tests its own, one integer a token is all-reduced.
+"""The draw on a sharded embedding: every rank tests its own rows, and one integer per token is all-reduced.
 
 Legend: V tokens, D coordinates, R rows of this rank, K drawn rows.
 """
@@ -24,22 +24,28 @@ from ksl_ds.sharding.rows import RowShard, Traffic
 
 
 def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -> Shift:
-    """The KS test of all rows against what they were before, the same on every rank.
+    """The KS test of all rows against their values before training. Collective; every rank gets the same result.
 
-    One integer a token travels, and with `lengths` how far its row moved, which no decision of the method needs; without
-    them the shift norms and ratios are NaN.
+    Parameters
+    ----------
+    shard
+        The embedding, whose fp32 master weights are tested.
+    before_RD
+        float32 (R, D): this rank's rows before training, as `shard.read` returned them.
+    lengths
+        Also compute the shift norms and ratios, else they are NaN. The method itself needs only the counts.
 
     Raises
     ------
     UserError
-        On every rank, for a row that is not finite, naming the token.
+        On every rank, for a row with NaN or infinity; names the token.
     """
     message = None
     count_R = torch.zeros(len(before_RD), dtype=torch.int32)
     norm_R, ratio_R = torch.full_like(before_RD[:, 0], torch.nan), torch.full_like(before_RD[:, 0], torch.nan)
     for first, after_BD in shard.blocks(shard.rows_of_a_block()):
         rows = slice(first - shard.start, first - shard.start + len(after_BD))
-        before_BD = before_RD[rows].to(after_BD.device)  # the snapshot's block goes to where the weights are
+        before_BD = before_RD[rows].to(after_BD.device)
         try:
             if lengths:
                 block = measure_shift(before_BD, after_BD, first_row=first)
@@ -57,12 +63,25 @@ def sharded_shift(shard: RowShard, before_RD: Tensor, *, lengths: bool = True) -
 
 
 def gather_shift(own: Shift, start: int, num_rows: int, traffic: Traffic, *, lengths: bool = True) -> Shift:
-    """One Shift of all `num_rows` rows from each rank's own, which begin at row `start`: the same on every rank.
+    """All-reduces the ranks' results to one Shift of all rows.
+
+    Parameters
+    ----------
+    own
+        This rank's result, of consecutive rows.
+    start
+        Its first row.
+    num_rows
+        Rows on all ranks together.
+    traffic
+        Counts the bytes.
+    lengths
+        Whether `own` has shift norms and ratios.
 
     Raises
     ------
     RuntimeError
-        On every rank, should they disagree about what they received.
+        On every rank, if a checksum of the result differs between ranks.
     """
 
     def everywhere(values_R: Tensor) -> Tensor:
@@ -95,7 +114,37 @@ def draw_from_shard(
     embedding_scope: str,
     source: dict[str, Any],
 ) -> tuple[Shift, Ticket]:
-    """Tests, chooses rows and reads them: the shift of all tokens and the ticket, perhaps an empty one, on every rank."""
+    """Tests all rows, selects some and gathers them. Collective.
+
+    Parameters
+    ----------
+    shard
+        The embedding after tuning.
+    before_RD
+        float32 (R, D): this rank's rows before tuning.
+    draw
+        Selection rule, alpha, p-value method and top_k.
+    seed
+        For selection "random".
+    frequency_V
+        int64 (V,): how often each token occurs in the training text.
+    tokens
+        V strings, the vocabulary as text.
+    embedding_scope
+        "input" or "shared", recorded in the ticket.
+    source
+        Provenance, recorded in the ticket; what a JSON file can hold.
+
+    Returns
+    -------
+    Shift, Ticket
+        The test of all tokens, and the ticket, which may be empty; the same on every rank.
+
+    Raises
+    ------
+    UserError
+        On every rank, for NaN or infinity in a row, or a selection rule that cannot be applied.
+    """
     shift = sharded_shift(shard, before_RD)
     ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
     rows_KD = shard.read_rows(ids_K)
@@ -115,7 +164,7 @@ def draw_from_shard(
 
 
 def ids_of_draw(shift: Shift, draw: Draw, *, seed: int, frequency_V: Tensor) -> Tensor:
-    """The rows that a recipe's `draw` chooses, int64 (K,). Raises UserError for a rule that cannot be followed."""
+    """The token ids that a recipe's `draw` selects, int64 (K,). Raises UserError if the rule cannot be applied."""
     try:
         return choose_rows(
             shift,
@@ -131,7 +180,7 @@ def ids_of_draw(shift: Shift, draw: Draw, *, seed: int, frequency_V: Tensor) -> 
 
 
 def before_rows(shard: RowShard, before_RD: Tensor, ids_K: Tensor) -> Tensor:
-    """Rows `ids_K` of the snapshot: float32 (K, D) on every rank."""
+    """Rows `ids_K` before tuning, float32 (K, D), gathered on every rank."""
     rows_KD = torch.zeros(len(ids_K), shard.row_length, dtype=torch.int32)
     mine_K = (ids_K >= shard.start) & (ids_K < shard.stop)
     rows_KD[mine_K] = before_RD[ids_K[mine_K] - shard.start].view(torch.int32)
@@ -139,13 +188,16 @@ def before_rows(shard: RowShard, before_RD: Tensor, ids_K: Tensor) -> Tensor:
 
 
 class DrawMonitor:
-    """Draws while embed tuning goes on, and says when the ticket has settled. It reads only: training is not disturbed.
+    """Draws every `draw.every` steps of embed tuning and decides on early stopping. Only reads the weights.
 
     Parameters
     ----------
-    shard, before_RD : the embedding, and this rank's rows of it before training
-    draw : how to choose rows, how often to look, and when to stop
-    seed, frequency_V : as for `draw_from_shard`
+    shard, before_RD
+        The embedding, and this rank's rows of it before training.
+    draw
+        Selection rule, interval and early stopping.
+    seed, frequency_V
+        As for `draw_from_shard`.
     """
 
     def __init__(self, shard: RowShard, before_RD: Tensor, draw: Draw, *, seed: int, frequency_V: Tensor):
@@ -159,7 +211,7 @@ class DrawMonitor:
         self._watched_since = time.perf_counter()
 
     def __call__(self, step: int) -> tuple[dict[str, Any], bool]:
-        """What the draw after `step` found, for the log, and whether the ticket has settled; nothing between draws."""
+        """The numbers to log of the draw after `step`, and whether to stop early. ({}, False) between draws."""
         if self._draw.every is None or step % self._draw.every:
             return {}, False
         started = time.perf_counter()
@@ -189,7 +241,7 @@ class DrawMonitor:
         return numbers, settled is not None and self._settled_draws >= settled.draws
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on watching; plain numbers, the same on every rank."""
+        """The state for a checkpoint: plain numbers, the same on every rank."""
         return {"last": sorted(self._last), "settled_draws": self._settled_draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""DeepSpeed engines: the one place where a recipe becomes a DeepSpeed configuration.
+"""DeepSpeed engines, and the DeepSpeed configuration of a recipe.
 
-Batch size, precision and clipping live in the recipe alone; a DeepSpeed JSON that says otherwise is an error that names
-both. An engine lives for one training run: afterwards it is destroyed and the model, still partitioned, takes the next.
-So one loaded backbone serves every stage of the lottery.
+The recipe sets batch size, precision and clipping; a DeepSpeed JSON with other values is an error that names both. An
+engine is used for one training run and then destroyed. The model stays partitioned for the next engine, so it is loaded
+once for all stages.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON, given as a path or a name in ds_configs/, checked. Raises UserError."""
+    """Reads and checks a DeepSpeed JSON, given as a path or a name in ds_configs/. Raises UserError."""
     from ksl_ds.sharding.deepspeed_json import read_json
 
     return read_json(shipped_file(name, "ds_configs"))
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a recipe on the ranks there are. Does not communicate.
+    """The complete DeepSpeed configuration of a recipe for the current world size. Does not communicate.
 
     Raises
     ------
     UserError
-        When the JSON is missing or broken, contradicts the recipe, or asks for a feature that rows were not tested with.
+        If the JSON is missing or invalid, contradicts the recipe, or uses an unsupported feature.
     """
     from ksl_ds.sharding.deepspeed_json import check_with_deepspeed
 
@@ -59,10 +59,9 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         node = config.setdefault(section, {}) if section else config
         if node.setdefault(entry, value) != value:
             raise UserError(
-                f"{path} says {name} = {node[entry]}, but {owner} in the recipe makes it {value}; "
-                f"take {name} out of the JSON"
+                f"{path} has {name} = {node[entry]}, but {owner} in the recipe makes it {value}; remove {name} from the JSON"
             )
-    # Our optimizer is torch's fused AdamW, which runs on CPU as well: offload needs no compiled DeepSpeedCPUAdam.
+    # torch's fused AdamW runs on the CPU too, so offload needs no compiled DeepSpeedCPUAdam.
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", 10**9)
     check_with_deepspeed(path, config)
@@ -70,20 +69,20 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_precision(precision: str) -> None:
-    """Raises UserError where this rank's device cannot train in `precision`. Does not communicate."""
+    """Raises UserError if this rank's device cannot train in `precision`. Does not communicate."""
     from deepspeed.accelerator import get_accelerator
 
     device = distributed.device()
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
-        where = "no GPU is seen, and this CPU does" if device.type == "cpu" else f"{device} does"
-        raise UserError(f"{where} not train in fp16; use training.precision=fp32 or bf16")
+        where = "no GPU found, and this CPU" if device.type == "cpu" else f"{device}"
+        raise UserError(f"{where} does not support fp16; use training.precision=fp32 or bf16")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"{name} has no bf16; use training.precision=fp16 and deepspeed=zero3_fp16.json")
+        raise UserError(f"{name} does not support bf16; use training.precision=fp16 and deepspeed=zero3_fp16.json")
 
 
 def accumulation_steps(recipe: Recipe) -> int:
-    """Micro-batches that each rank runs for one optimizer step."""
+    """Gradient accumulation steps of a recipe for the current world size."""
     return -(-recipe.training.batch_size // (recipe.training.micro_batch_size * distributed.world_size()))
 
 
@@ -108,7 +107,19 @@ def adamw(parameters: list[nn.Parameter], tuning: Tuning) -> torch.optim.AdamW:
 def training_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: dict[str, Any]
 ) -> Iterator[Any]:
-    """A DeepSpeed engine that trains what `optimizer` holds; the model comes back without it."""
+    """A DeepSpeed engine that trains the optimizer's parameters; it is destroyed at the end of the block.
+
+    Parameters
+    ----------
+    model
+        The model, partitioned or not.
+    optimizer
+        Holds the parameters to train; all others are frozen.
+    scheduler
+        A learning rate scheduler of torch for `optimizer`.
+    config
+        As from `deepspeed_config`.
+    """
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
@@ -120,7 +131,7 @@ def training_engine(
 
 @contextmanager
 def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Module]:
-    """The model with ZeRO-3's layer-by-layer gathering and nothing to train."""
+    """The model under a DeepSpeed engine without optimizer, which gathers ZeRO-3's weights layer by layer."""
     import deepspeed
 
     without_training = {name: value for name, value in config.items() if name != "gradient_clipping"}
@@ -132,33 +143,33 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Mo
 
 
 def destroy_engine(engine: Any) -> None:
-    """Frees an engine's hooks, gradients and optimizer states; the model's own weights stay."""
+    """Frees an engine's hooks, gradients and optimizer states; the model keeps its weights."""
     for parameter in engine.module.parameters():
         parameter.grad = None
-        # DeepSpeed leaves it behind: the dead optimizer's masters would pass for the weights, and keep its memory.
+        # DeepSpeed leaves this reference: the old optimizer's masters would be taken for the weights, and stay in memory.
         parameter.__dict__.pop("_z3_optimizer", None)
     for module in engine.module.modules():
-        # DeepSpeed keeps the first engine's backward hooks for all that follow, with the dead engine's record of what is
-        # gathered: under checkpointing the next training with frozen weights would lose them in the recomputation.
+        # DeepSpeed keeps the first engine's backward hooks, with that engine's record of what is gathered. With gradient
+        # checkpointing, the next engine would lose frozen weights in the recomputation.
         for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
             module.__dict__.pop(name, None)
     engine.destroy()
     engine.optimizer = None
     engine.module = None
-    gc.collect()  # engines hold themselves in cycles, and with them the optimizer's states
+    gc.collect()  # engines are in reference cycles that keep the optimizer's states
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Every rank holds the whole model inside the block, for many cheap forward passes; between engines only."""
+    """Gathers the whole model on every rank for the block; only while no engine is alive."""
     with gathered(model.parameters()):
         yield model
 
 
 def linear_of_stage(stage: int) -> Callable[..., Tensor]:
-    """What computes linear layers: ZeRO-3 replaces torch's function by one that keeps the input even of frozen weights."""
+    """The function of linear layers: ZeRO-3 replaces torch's by one that saves the input even for frozen weights."""
     if stage < 3:
         return F.linear
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -167,7 +178,7 @@ def linear_of_stage(stage: int) -> Callable[..., Tensor]:
 
 
 def set_library_verbosity(verbose: bool) -> None:
-    """Silences what DeepSpeed, transformers, datasets and wandb log, unless asked for."""
+    """Silences the logs of DeepSpeed, transformers, datasets and wandb unless `verbose`."""
     if verbose:
         return
     import datasets
@@ -179,5 +190,5 @@ def set_library_verbosity(verbose: bool) -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    # DeepSpeed and PEFT call torch and transformers by names that these are about to change: nothing a user can mend.
+    # DeepSpeed and PEFT use deprecated names of torch and transformers, which users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning)

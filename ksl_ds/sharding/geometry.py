@@ -1,4 +1,4 @@
-"""How a (V, D) matrix lies on the ranks, as pure arithmetic on flat element ranges.
+"""How a (V, D) matrix is partitioned over the ranks, as arithmetic on flat element ranges.
 
 ZeRO-3 flattens a parameter and cuts it into equal parts with no regard for rows; the last part is padded. A row belongs to
 the rank that holds its first element, so no rank owns two rows more than another. Python integers: nothing overflows.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """Elements `start` to `stop`, the latter excluded."""
+    """The half-open range of elements [start, stop)."""
 
     start: int
     stop: int
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 def zero3_parts(numel: int, part_size: int, num_ranks: int) -> list[Span]:
-    """The elements that each rank holds when parts of `part_size` cover `numel` elements; padding is left out."""
+    """The elements that each rank holds if `numel` elements are cut into parts of `part_size`; without padding."""
     return [Span(min(rank * part_size, numel), min((rank + 1) * part_size, numel)) for rank in range(num_ranks)]
 
 
@@ -39,24 +39,24 @@ def owned_rows(parts: list[Span], num_rows: int, row_length: int) -> list[Span]:
 
 
 def even_rows(num_rows: int, num_ranks: int) -> list[Span]:
-    """Rows shared out evenly, for a matrix that every rank has as a whole."""
+    """Rows divided evenly over the ranks, for a matrix that every rank holds completely."""
     return [Span(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks) for rank in range(num_ranks)]
 
 
 def whole_rows(span: Span, row_length: int) -> Span:
-    """The rows that lie within `span` as a whole; an empty span of rows where there is none."""
+    """The rows that lie completely within `span`; an empty span of rows if there are none."""
     first = -(-span.start // row_length)
     return Span(first, max(first, span.stop // row_length))
 
 
 def blocks_of(span: Span, size: int) -> Iterator[Span]:
-    """`span` in consecutive pieces of `size`, the last one perhaps smaller."""
+    """`span` in consecutive pieces of `size`; the last may be smaller."""
     for start in range(span.start, span.stop, size):
         yield Span(start, min(start + size, span.stop))
 
 
 def travelling(parts: list[Span], rows: list[Span], row_length: int) -> dict[tuple[int, int], Span]:
-    """By (holder, owner), holder other than owner: the elements of the owner's rows that lie with the holder."""
+    """By (holder, owner) of different ranks: the elements of the owner's rows that the holder has."""
     found = {}
     wanted = [Span(span.start * row_length, span.stop * row_length) for span in rows]
     holder = 0

@@ -1,8 +1,8 @@
-"""The fp32 masters that DeepSpeed keeps for 16-bit weights in ZeRO stage 0.
+"""The fp32 master weights that DeepSpeed keeps for 16-bit weights in ZeRO stage 0.
 
-In the other stages a parameter knows its master. In stage 0 only the optimizer that DeepSpeed wraps around the user's knows
-it, and neither the parameter nor the user's optimizer leads there. So the wrapper is searched among all objects of the
-process, once for a parameter (about 0.1 s), and remembered.
+In the other stages a parameter refers to its master. In stage 0 only DeepSpeed's wrapper of the user's optimizer does, and
+neither the parameter nor the user's optimizer refers to the wrapper. So the wrapper is searched among all objects of the
+process, once per parameter (about 0.1 s), and remembered.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _wrappers = WeakTensorKeyDictionary()  # parameter -> weak reference to the wrap
 
 
 def hidden_master(parameter: Any, *, search: bool = True) -> Tensor | None:
-    """The live fp32 master of a 16-bit parameter under ZeRO stage 0, in the parameter's shape; None where there is none.
+    """The fp32 master of a 16-bit parameter under ZeRO stage 0, as a view of the parameter's shape; None if it has none.
 
-    Without `search`, only of a parameter whose master was found before.
+    Without `search`, only the master of a parameter that was found before.
     """
     if parameter.dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -34,7 +34,7 @@ def hidden_master(parameter: Any, *, search: bool = True) -> Tensor | None:
         if not search or not parameter.requires_grad:
             return None
         found = [weakref.ref(wrapper) for wrapper in live_wrappers() if _place(wrapper, parameter) is not None]
-        if len(found) > 1:  # a dead engine holds itself in a cycle
+        if len(found) > 1:  # an old engine in a reference cycle
             gc.collect()
         alive = [reference for reference in found if reference() is not None]
         if not alive:
@@ -53,10 +53,10 @@ def hidden_master(parameter: Any, *, search: bool = True) -> Tensor | None:
 
 
 def refresh_hidden_master(parameter: Any) -> None:
-    """Gives a hidden master the parameter's values, but for what is merely rounded in the parameter.
+    """Copies a parameter's values to its hidden master, except where the master only has more digits.
 
-    DeepSpeed's wrapper makes an optimizer step with gradients of zero when it is made, and weight decay then moves masters
-    away from weights that have not changed.
+    DeepSpeed's wrapper takes an optimizer step with zero gradients when it is created, and weight decay then moves the
+    masters although the weights have not changed.
     """
     master = hidden_master(parameter)
     if master is not None:
@@ -65,19 +65,19 @@ def refresh_hidden_master(parameter: Any) -> None:
 
 
 def live_wrappers() -> list[Any]:
-    """All optimizers with which DeepSpeed steps 16-bit weights in stage 0."""
+    """All of DeepSpeed's wrappers of optimizers for 16-bit weights in stage 0."""
     if "deepspeed.runtime.engine" not in sys.modules:
         return []
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    # By type(): some objects lie about their __class__, or fail when asked for it.
+    # By type(): some objects have a false __class__, or raise when it is read.
     kinds = (FP16_Optimizer, FP16_UnfusedOptimizer)
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
 
 
 def _place(wrapper: Any, parameter: Any) -> tuple[int, int] | None:
-    """The parameter's group in the wrapper, and its number there."""
+    """The parameter's group in the wrapper and its index in it."""
     for group, weights in enumerate(getattr(wrapper, "fp16_groups", [])):
         for index, weight in enumerate(weights):
             if weight is parameter:

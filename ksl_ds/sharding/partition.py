@@ -1,6 +1,6 @@
-"""What ZeRO-3 makes of one parameter: whether it is partitioned, its full shape, this rank's part, gathering it.
+"""One parameter under ZeRO-3: whether it is partitioned, its full shape, this rank's part, gathering it.
 
-The rest of the package asks here instead of reading DeepSpeed's attributes. DeepSpeed is imported when it is needed only.
+Other packages call these functions instead of reading DeepSpeed's attributes. DeepSpeed is imported only when needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether ZeRO-3 has cut the parameter up, so that its own data may be empty."""
+    """Whether ZeRO-3 has partitioned the parameter, so that its own data may be empty."""
     return hasattr(parameter, "ds_tensor")
 
 
@@ -30,14 +30,14 @@ def full_numel(parameter: Any) -> int:
 
 
 def stored_weight(parameter: Any) -> Tensor:
-    """The tensor in which this rank keeps its values: its flat part with padding, or the parameter itself."""
+    """The tensor that holds this rank's values: its flat part with padding, or the parameter itself."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
 def local_part(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's flat part of the weights without padding, a live view, and its offset in the flattened parameter.
+    """This rank's flat part of the weights without padding, a view, and its offset in the flattened parameter.
 
-    All of it, with offset 0, where the parameter is not partitioned.
+    The whole parameter, with offset 0, if it is not partitioned.
     """
     if not is_partitioned(parameter):
         return parameter.detach().view(-1), 0
@@ -48,7 +48,7 @@ def local_part(parameter: Any) -> tuple[Tensor, int]:
 
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
-    """Every rank holds these parameters as a whole inside the block. Collective where any of them is partitioned."""
+    """Gathers these parameters on every rank for the block. Collective if any of them is partitioned."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield

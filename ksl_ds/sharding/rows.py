@@ -1,9 +1,9 @@
-"""Whole rows out of the flat parts in which ZeRO keeps a matrix.
+"""Whole rows from the flat parts in which ZeRO keeps a matrix.
 
-Under ZeRO-3 a rank reads the fp32 master weights of its own part, and only the pieces of rows that are broken at its edges
-travel, from the rank that holds them to the one that owns the row. In stages 1 and 2 the masters are cut by the optimizer's
-own plan: where the matrix trains alone that is nearly the same cut, else rows travel once to their owners. In stage 0, and
-without an engine, every rank has all; the fp32 masters of stage 0 in 16 bits are found in masters.py.
+Under ZeRO-3 a rank reads the fp32 master weights of its own part; only the pieces of rows that cross a partition's edge are
+sent, from the rank that holds them to the row's owner. In stages 1 and 2 the optimizer decides how the masters are
+partitioned: nearly the same if the matrix trains alone, else rows are sent once to their owners. In stage 0 and without an
+engine every rank holds all rows; masters.py finds the fp32 masters of 16-bit weights in stage 0.
 
 Legend: V rows of the matrix, D elements of a row, R rows that this rank owns, K chosen rows; `flat` is a part of the
 flattened matrix.
@@ -25,15 +25,15 @@ from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, tra
 from ksl_ds.sharding.masters import hidden_master
 from ksl_ds.sharding.partition import full_shape, is_partitioned, local_part
 
-BLOCK_BYTES = 64 << 20  # of rows that are worked on, or sent to all, at once
+BLOCK_BYTES = 64 << 20  # of rows processed or broadcast at once
 
 
 @dataclass
 class Traffic:
-    """The communication of rows; it counts the bytes that this rank sends and receives.
+    """Communication of rows, with counts of the bytes that this rank sends and receives.
 
-    An all-reduce counts as a ring does it, 2 (n - 1) / n of its size each way; a broadcast counts its size once, at the
-    sender and at each receiver. The few bytes in which ranks tell each other that none has failed are not counted.
+    An all-reduce counts as a ring all-reduce, 2 (n - 1) / n of its size each way; a broadcast counts its size once at the
+    sender and at each receiver. The few bytes that synchronise errors are not counted.
     """
 
     sent: int = 0
@@ -47,14 +47,27 @@ class Traffic:
         return distributed.all_reduce(tensor, op)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Fills the tensor with that of rank `source`."""
+        """Broadcasts rank `source`'s tensor, in place."""
         if distributed.world_size() > 1:
             dist.broadcast(tensor, source)
             self.sent += tensor.nbytes if source == distributed.rank() else 0
             self.received += tensor.nbytes if source != distributed.rank() else 0
 
     def exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, int]) -> dict[int, Tensor]:
-        """Sends pieces to ranks and returns those of the given sizes from others, all flat and float32."""
+        """Sends flat float32 tensors point to point.
+
+        Parameters
+        ----------
+        outgoing
+            Pieces to send, by rank.
+        incoming
+            Sizes of the pieces to receive, by rank.
+
+        Returns
+        -------
+        dict
+            The received pieces, by rank.
+        """
         device = distributed.device()
         sends = {rank: piece.to(device, torch.float32).contiguous() for rank, piece in outgoing.items()}
         received = {rank: torch.empty(size, dtype=torch.float32, device=device) for rank, size in incoming.items()}
@@ -68,20 +81,23 @@ class Traffic:
 
 
 def master_part(parameter: Any, *, search: bool = True) -> tuple[Tensor, int]:
-    """This rank's live flat part of a parameter, and its offset: what the optimizer steps.
+    """This rank's flat part of a parameter that the optimizer steps, a view without padding, and its offset.
 
-    The fp32 master values where an optimizer holds some, else the weights themselves. Padding is left out. Writing to the
-    tensor writes to the optimizer's copy only; see `RowShard.write` for both. Without `search`, see `hidden_master`.
+    It is the fp32 master if an optimizer holds one, else the weights. Writing to it changes the optimizer's copy only;
+    `RowShard.write` changes both. For `search` see `hidden_master`.
+
+    Raises
+    ------
+    UserError
+        If the optimizer states are offloaded to NVMe.
     """
     if is_partitioned(parameter):
         part, start = local_part(parameter)
         optimizer = getattr(parameter, "_z3_optimizer", None)
         if optimizer is not None and parameter.requires_grad:
             if optimizer.swap_optimizer:
-                raise UserError(
-                    "rows of an embedding cannot be had from an optimizer on NVMe; offload it to cpu instead"
-                )
-            # DeepSpeed's public getter copies to the GPU what is offloaded; the optimizer's own view is wanted here.
+                raise UserError("optimizer states offloaded to NVMe are not supported; offload to cpu instead")
+            # DeepSpeed's public getter would copy offloaded states to the GPU; this is the optimizer's own view.
             flat, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
             return flat.detach()[: part.numel()], start
         return part, start
@@ -93,22 +109,30 @@ def master_part(parameter: Any, *, search: bool = True) -> tuple[Tensor, int]:
 
 
 def is_stepped_by_zero(parameter: Any) -> bool:
-    """Whether ZeRO's stages 1 to 3 step a parameter, on this rank or on others."""
+    """Whether ZeRO stages 1 to 3 step a parameter, on this or another rank."""
     return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
 
 
 class RowShard:
     """The rows of a (V, D) parameter that this rank owns: plain, or under ZeRO stages 0 to 3.
 
-    Which rows a rank owns never changes in a job, whatever engine comes and goes. All methods are collective, and so is
-    making one.
+    A rank owns the same rows for the whole job, with any engine. The constructor and all methods are collective.
+
+    Parameters
+    ----------
+    parameter
+        The (V, D) parameter.
 
     Attributes
     ----------
-    num_rows, row_length : V and D
-    dtype : of the weights that compute; masters, and all that is read here, are float32
-    start, stop : this rank owns rows start .. stop - 1
-    traffic : bytes that this object's communication moved
+    num_rows, row_length
+        V and D.
+    dtype
+        Of the weights in the model; master weights, and all rows read here, are float32.
+    start, stop
+        This rank owns rows start .. stop - 1.
+    traffic
+        Bytes sent and received by this object.
 
     Raises
     ------
@@ -118,7 +142,7 @@ class RowShard:
 
     def __init__(self, parameter: nn.Parameter):
         self._parameter: Any = parameter  # DeepSpeed adds attributes to it
-        # A collective of all ranks, which NCCL needs before two of them may talk alone.
+        # NCCL needs a collective of all ranks before the first point-to-point communication.
         distributed.raise_if_any_rank(unsupported(parameter))
         self.num_rows, self.row_length = full_shape(parameter)
         self.dtype: torch.dtype = parameter.dtype
@@ -130,17 +154,16 @@ class RowShard:
         self.start, self.stop = self._rows[distributed.rank()]
 
     def read(self) -> Tensor:
-        """A copy of this rank's whole rows, float32 (R, D), in host memory."""
+        """A copy of this rank's rows, float32 (R, D), in host memory."""
         rows_RD = torch.empty(self.stop - self.start, self.row_length)
         for first, block_BD in self.blocks(max(1, len(rows_RD))):
             rows_RD[first - self.start : first - self.start + len(block_BD)] = block_BD
         return rows_RD
 
     def blocks(self, num_rows: int) -> Iterator[tuple[int, Tensor]]:
-        """This rank's rows, at most `num_rows` at once: the number of the first, and the rows, where they lie.
+        """This rank's rows in blocks of at most `num_rows`: the first row's number, and float32 rows on their device.
 
-        Blocks may be live views of the weights; copy what shall stay. The pieces of broken rows travel when the first
-        block is asked for.
+        Blocks may be views of the weights; copy what you keep. Pieces of rows are exchanged before the first block.
         """
         parts = self._parts()
         own = Span(self.start, self.stop)
@@ -155,7 +178,7 @@ class RowShard:
             {rank: cut(flat, held, span) for rank, span in outgoing.items()},
             {rank: span.size for rank, span in incoming.items()},
         )
-        # Rows that lie here as a whole, then those that have to be put together: under ZeRO-3 the last one at most.
+        # Complete rows first, then those assembled from pieces: under ZeRO-3 the last one at most.
         whole = whole_rows(held & self._elements(own), self.row_length)
         for rows in blocks_of(whole, num_rows):
             yield rows.start, cut(flat, held, self._elements(rows)).view(-1, self.row_length)
@@ -169,7 +192,7 @@ class RowShard:
                 yield rows.start, values.view(-1, self.row_length)
 
     def write(self, rows_RD: Tensor) -> None:
-        """Puts this rank's rows back, into the fp32 masters and into the weights that compute."""
+        """Writes this rank's rows, float32 (R, D), to the fp32 masters and to the model's weights."""
         if not is_partitioned(self._parameter):
             self._write_everywhere(rows_RD)
             return
@@ -179,7 +202,7 @@ class RowShard:
         flat_rows = rows_RD.flatten()
         flat = torch.empty(held.size)
         cut(flat, held, held & own).copy_(cut(flat_rows, own, held & own))
-        # The way that rows are read, backwards.
+        # The exchange of `blocks`, reversed.
         incoming, outgoing = self._moves(parts)
         pieces = self.traffic.exchange(
             {rank: cut(flat_rows, own, span) for rank, span in outgoing.items()},
@@ -191,7 +214,7 @@ class RowShard:
         self._release()
 
     def _write_everywhere(self, rows_RD: Tensor) -> None:
-        """Every rank computes with the whole matrix, wherever its masters lie: each owner's rows go to all, block by block."""
+        """Broadcasts each owner's rows in blocks, since every rank holds the whole matrix."""
         copies = self._copies()
         for owner, rows_of_owner in enumerate(self._rows):
             for rows in blocks_of(rows_of_owner, self.rows_of_a_block()):
@@ -202,7 +225,7 @@ class RowShard:
                 store(block_BD.flatten(), self._elements(rows), copies)
 
     def read_rows(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (int64, the same on every rank) as float32 (K, D) in host memory, on every rank."""
+        """Gathers rows `ids` (int64 (K,), the same on every rank) on every rank: float32 (K, D) in host memory."""
         parts = self._parts()
         if parts is None:
             weight_VD = master_part(self._parameter)[0].view(self.num_rows, self.row_length)
@@ -211,23 +234,23 @@ class RowShard:
         rows_KD = torch.zeros(len(ids), self.row_length, device=distributed.device())
         for place, row in enumerate(map(self._row, ids.tolist())):
             cut(rows_KD[place], row, row & held).copy_(cut(flat, held, row & held))
-        # Summed as integers, of which all but one are 0: a float -0.0 would not survive the addition.
+        # Summed as integers, all but one of them 0: the sum of floats would turn -0.0 into 0.0.
         return self.traffic.all_reduce(rows_KD.view(torch.int32)).view(torch.float32).cpu()
 
     def write_rows(self, ids: Tensor, rows_KD: Tensor) -> None:
-        """Puts rows `ids` in place, into the fp32 masters and the weights; every rank passes the same rows."""
+        """Writes rows `ids` to the fp32 masters and the weights; every rank passes the same ids and rows (K, D)."""
         copies = self._copies()
         for row, row_D in zip(map(self._row, ids.tolist()), rows_KD, strict=True):
             store(row_D, row, copies)
         self._release()
 
     def held(self) -> Span:
-        """The elements of the flattened matrix whose authoritative values lie on this rank."""
+        """The elements of the flattened matrix whose master values this rank holds."""
         parts = self._parts()
         return Span(0, self.num_rows * self.row_length) if parts is None else parts[distributed.rank()]
 
     def _parts(self) -> list[Span] | None:
-        """The span of the authoritative values on each rank; None where every rank has all."""
+        """Each rank's span of master values; None if every rank holds all."""
         if is_partitioned(self._parameter):
             return self._zero3_parts()
         mapping = getattr(self._parameter, "_hp_mapping", None)
@@ -238,7 +261,7 @@ class RowShard:
         spans = distributed.gather_objects(here)
         if all(span is None for span in spans):
             return None
-        # A rank whose part of the optimizer holds none of this parameter has an empty span in its place.
+        # An empty span for a rank whose part of the optimizer holds none of this parameter.
         parts = []
         position = 0
         for span in spans:
@@ -254,14 +277,14 @@ class RowShard:
         return master_part(self._parameter)[0][: held.size], held
 
     def _moves(self, parts: list[Span]) -> tuple[dict[int, Span], dict[int, Span]]:
-        """Elements that lie here and belong to rows of other ranks, by owner; and of our rows with others, by holder."""
+        """Elements here that belong to other ranks' rows, by owner, and of our rows on other ranks, by holder."""
         moves = travelling(parts, self._rows, self.row_length)
         mine = {owner: span for (holder, owner), span in moves.items() if holder == distributed.rank()}
         theirs = {holder: span for (holder, owner), span in moves.items() if owner == distributed.rank()}
         return mine, theirs
 
     def _copies(self) -> list[tuple[Tensor, Span]]:
-        """Every flat tensor on this rank that holds values of the parameter, and which."""
+        """Every flat tensor on this rank that holds values of the parameter, with its span."""
         flat, start = master_part(self._parameter)
         copies = [(flat, Span(start, start + flat.numel()))]
         if is_partitioned(self._parameter):
@@ -273,7 +296,7 @@ class RowShard:
         return copies
 
     def _release(self) -> None:
-        """Drops a gathered copy of a small parameter, which would be out of date."""
+        """Frees a gathered copy of a small parameter, which would be stale."""
         if hasattr(self._parameter, "ds_status") and self._parameter.ds_status.name == "AVAILABLE":
             self._parameter.partition()
 
@@ -289,18 +312,18 @@ class RowShard:
 
 
 def store(flat: Tensor, span: Span, copies: list[tuple[Tensor, Span]]) -> None:
-    """Puts elements `span` into every flat tensor that holds some of them."""
+    """Copies elements `span` to every flat tensor that holds some of them."""
     for copy, held in copies:
         cut(copy, held, held & span).copy_(cut(flat, span, held & span))
 
 
 def cut(flat: Tensor, held: Span, wanted: Span) -> Tensor:
-    """Elements `wanted` of a flat tensor that holds elements `held`: a view."""
+    """A view of elements `wanted` of a flat tensor that holds elements `held`."""
     return flat[wanted.start - held.start : wanted.stop - held.start]
 
 
 def unsupported(parameter: Any) -> str | None:
-    """Why rows of this parameter cannot be had, in a sentence; None for all that were tested."""
+    """A sentence about the DeepSpeed feature under which rows of this parameter cannot be read; None if supported."""
     if not is_partitioned(parameter):
         return None
     features = {
@@ -309,4 +332,6 @@ def unsupported(parameter: Any) -> str | None:
         "offloading of parameters to NVMe": parameter.nvme_swapper is not None,
     }
     used = [name for name, is_used in features.items() if is_used]
-    return f"rows of an embedding cannot be read under DeepSpeed's {used[0]}; take it out of its JSON" if used else None
+    return (
+        f"DeepSpeed's {used[0]} is not supported for the embedding; remove it from the DeepSpeed JSON" if used else None
+    )

@@ -1,10 +1,10 @@
-"""What a training run needs to go on to the bit: weights that train, moments, schedule, loss scale.
+"""The state of a training run in a checkpoint, for a bit-identical resume: trained weights, moments, schedule, loss scale.
 
-`EngineState` is DeepSpeed's own checkpoint without frozen weights, for every method; DeepSpeed loads it on as many ranks as
-wrote it. `MatrixState` is for one small matrix that trains alone, a ticket's rows: three (K, D) matrices as a whole, in
-kilobytes, which any number of ranks reads.
-DeepSpeed's files are pickled; here torch's restricted unpickler reads them, which knows tensors, plain values and the three
-classes below, and runs nothing.
+`EngineState` is DeepSpeed's own checkpoint without frozen weights, for every method; it needs the same number of ranks.
+`MatrixState` is for one small matrix that trains alone, a ticket's rows: three whole (K, D) matrices, kilobytes, which any
+number of ranks can load.
+DeepSpeed's files are pickles. torch's restricted unpickler reads them: it allows tensors, plain values and the three classes
+below, and runs no code.
 
 Legend: K rows, D elements of a row; `flat` is this rank's part of the flattened matrix.
 """
@@ -31,9 +31,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """How an engine reads and writes its files: without running pickled code, and without leaving other ranks in a barrier.
+    """Reads an engine's files without running pickled code, and writes them without leaving other ranks in a barrier.
 
-    A failure to write is kept in `failure` until all ranks are through.
+    A write error is kept in `failure` until all ranks have written.
     """
 
     def __init__(self, config: Any):
@@ -65,14 +65,14 @@ def _deepspeed_classes() -> list[Any]:
 
 
 def _without_enums(value: Any) -> Any:
-    """`value` with the numbers that enums in its dicts stand for: Python 3.11.0 to 3.11.3 pickle them as calls of getattr."""
+    """`value` with the enums in its dicts replaced by their values: Python 3.11.0 to 3.11.3 pickle them as getattr calls."""
     if isinstance(value, Enum):
         return value.value
     return {name: _without_enums(item) for name, item in value.items()} if type(value) is dict else value
 
 
 def _refuse_code(folder: Path) -> None:
-    """Raises UserError on every rank where a pickle in `folder` names anything but data; each rank looks at its share."""
+    """Raises UserError on every rank if a pickle in `folder` would run code; the files are divided over the ranks."""
     allowed = {f"{known.__module__}.{known.__qualname__}" for known in _deepspeed_classes()}
     message = None
     for path in sorted(folder.rglob("*.pt"))[distributed.rank() :: distributed.world_size()]:
@@ -81,12 +81,12 @@ def _refuse_code(folder: Path) -> None:
         except ValueError:  # a bare pickle
             named = {"unknown code"}
         if named:
-            message = f"{path} is no checkpoint of ours: loading it would run {min(named)}; delete {folder}"
+            message = f"{path} was not written by ksl_ds: loading it would run {min(named)}; delete {folder}"
     distributed.raise_if_any_rank(message)
 
 
 class EngineState:
-    """The state of a DeepSpeed engine as DeepSpeed saves it, a file or two a rank."""
+    """The state of a DeepSpeed engine in DeepSpeed's own format: one or two files per rank."""
 
     any_world_size = False
 
@@ -97,7 +97,7 @@ class EngineState:
         """About how many bytes this rank will write."""
         moments = sum(moment.nbytes for moment in optimizer_tensors(self._engine))
         weights = 0
-        if distributed.is_rank0():  # it alone writes weights that are not partitioned
+        if distributed.is_rank0():  # only rank 0 writes unpartitioned weights
             trained = [weight for weight in self._engine.module.parameters() if weight.requires_grad]
             weights = sum(weight.nbytes for weight in trained if not is_partitioned(weight))
         return moments * 3 // 2 + weights + (1 << 20)  # two moments, and the masters
@@ -106,7 +106,7 @@ class EngineState:
         """Raises OSError on the ranks that could not write; all ranks return from DeepSpeed first."""
         writer = SafeCheckpointEngine(self._engine._config)
         self._engine.checkpoint_engine = writer
-        # It copies a script along, from rank 0 outside of the writer: of no use here, and a failure would strand the others.
+        # DeepSpeed copies a script from rank 0 without the writer: useless here, and a failure would hang the other ranks.
         self._engine._copy_recovery_script = lambda folder: None
         self._engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, exclude_frozen_parameters=True, save_latest=False)
         if writer.failure is not None:
@@ -122,13 +122,16 @@ class EngineState:
 
 
 class MatrixState:
-    """The state of a run of AdamW on one small matrix, whole, whatever ZeRO makes of it in memory.
+    """The state of AdamW on one small matrix, gathered from any ZeRO stage.
 
     Parameters
     ----------
-    engine : a DeepSpeed engine that trains nothing else
-    matrix : the (K, D) parameter
-    label : int64 (K,), what its rows are; a checkpoint of other rows is refused
+    engine
+        A DeepSpeed engine that trains nothing else.
+    matrix
+        The (K, D) parameter.
+    label
+        int64 (K,): the token ids of its rows. A checkpoint of other rows is refused.
     """
 
     any_world_size = True
@@ -194,18 +197,18 @@ class MatrixState:
             setattr(scaler, name, type(value)(tensors[f"loss_scaler.{name}"]))
 
     def _stepped(self) -> nn.Parameter | Tensor:
-        """The tensor that the optimizer steps on this rank: fp32, flat and perhaps padded under ZeRO."""
+        """The fp32 tensor that the optimizer steps on this rank: flat under ZeRO, perhaps padded."""
         if hasattr(self._engine.optimizer, "fp32_partitioned_groups_flat"):  # stage 3 lends it to the step only
             return self._engine.optimizer.fp32_partitioned_groups_flat[0]
         return _inner(self._engine).param_groups[0]["params"][0]
 
     def _whole(self, moment: Tensor) -> Tensor:
-        """A moment as a whole on every rank, float32 (K, D) on the CPU."""
+        """Gathers a moment on every rank, float32 (K, D) on the CPU."""
         held = self._shard.held()
         whole_KD = torch.zeros(self._shape, dtype=torch.float32, device=distributed.device())
         if distributed.is_rank0() or self._engine.zero_optimization_stage() > 0:  # without ZeRO every rank has all
             whole_KD.view(-1)[held.start : held.stop] = moment.view(-1)[: held.size]
-        # Summed as integers, of which all but one are 0: a float -0.0 would not survive the addition.
+        # Summed as integers, all but one of them 0: the sum of floats would turn -0.0 into 0.0.
         return distributed.all_reduce(whole_KD.view(torch.int32)).view(torch.float32).cpu()
 
     def _loss_scaler(self) -> Any:
@@ -213,7 +216,7 @@ class MatrixState:
 
 
 def optimizer_tensors(engine: Any) -> list[Tensor]:
-    """The optimizer's states on this rank: Adam's two moments, as large as what this rank steps."""
+    """The optimizer's states on this rank: AdamW's two moments of what this rank steps."""
     return [
         value
         for state in _states(engine).values()

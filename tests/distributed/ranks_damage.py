@@ -68,7 +68,7 @@ def steps(run_dir: str) -> list[str]:
 
 assert train("whole") == ""
 
-# Six steps, stopped in the fifth: checkpoints of steps 2 and 4. The newest is damaged in four ways, the one before is taken.
+# Six steps, stopped in the fifth: checkpoints of steps 2 and 4. The newest is damaged in four ways; the previous one loads.
 assert train("parts", after_log=stop_after(5)) == "stopped"
 assert steps("parts") == ["step-00000002", "step-00000004"]
 DEEPSPEED = "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"

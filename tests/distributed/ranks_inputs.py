@@ -32,7 +32,7 @@ def score() -> str:
     return ""
 
 
-def on_main(work) -> None:
+def on_rank0(work) -> None:
     distributed.barrier()
     if distributed.is_rank0():
         work()
@@ -69,7 +69,7 @@ def digest(weight: torch.Tensor) -> str:
     return f"{'x'.join(map(str, weight.shape))} " + "".join(f"{number % 2**64:016x}" for number in sums)
 
 
-on_main(lambda: write_ticket(0.5))
+on_rank0(lambda: write_ticket(0.5))
 assert score() == ""
 recorded = json.loads(INPUTS.read_text())
 stored = load_file(WEIGHTS)
@@ -100,8 +100,8 @@ CHANGES = {
     "what is logged": (lambda: change_json(steps_per_print=5), []),
     "nothing but the form": (lambda: change_json(stage=3.0, offload_param=None), []),
 }  # fmt: skip
-on_main(lambda: [shutil.copytree(name, f"kept/{name}") for name in ("model", "ticket", "run")])
-on_main(lambda: shutil.copy(JSON, "kept"))
+on_rank0(lambda: [shutil.copytree(name, f"kept/{name}") for name in ("model", "ticket", "run")])
+on_rank0(lambda: shutil.copy(JSON, "kept"))
 
 
 def restore() -> None:
@@ -112,16 +112,16 @@ def restore() -> None:
 
 
 for name, (change, words) in CHANGES.items():
-    on_main(change)
+    on_rank0(change)
     sentence = score()
     assert len(set(distributed.gather_objects(sentence))) == 1, name
     assert bool(sentence) == bool(words) and "\n" not in sentence, (name, sentence)
     assert all(word in sentence for word in words), (name, sentence)
     assert json.loads(Path("run/results.json").read_text())["stages"] == stages, name
-    on_main(restore)
+    on_rank0(restore)
 
 # A run of a version that recorded nothing goes on, and is watched from then on.
-on_main(INPUTS.unlink)
+on_rank0(INPUTS.unlink)
 assert score() == ""
 assert json.loads(INPUTS.read_text()) == recorded
 distributed.shutdown()

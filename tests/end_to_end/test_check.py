@@ -85,7 +85,7 @@ def test_all_is_well(job, capsys):
         (["text.train=nowhere.jsonl"], "text", "nowhere.jsonl"),
         (["deepspeed=nowhere.json"], "deepspeed", "nowhere.json"),
         (["evaluation.tokenize=13b"], "scores", "13b"),
-        (["training.precision=fp16"], "device", "this CPU does not train in fp16"),
+        (["training.precision=fp16"], "device", "this CPU does not support fp16"),
         (["deepspeed=stage_5.json"], "deepspeed", "zero_optimization.stage is 5"),
         (["deepspeed=nvme.json"], "deepspeed", "zero_optimization.offload_param.device = nvme"),
         (["deepspeed=list.json"], "deepspeed", "list.json holds []"),
@@ -148,7 +148,7 @@ def test_what_resume_would_fail_on_is_named(job, capsys):
     checkpoint = job / "run/checkpoints/embed_tuning_steps/step-00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"world_size": 2}')
-    fails("step-00000004 was written by 2 ranks, and DeepSpeed cannot deal it out to 1")
+    fails("step-00000004 was written by 2 ranks, and DeepSpeed cannot repartition it to 1")
     checkpoint.parent.rename(job / "run/checkpoints/partial_tuning_steps")  # rows go to any number of ranks
     assert failed(lines(capsys, *words)) == []
     (job / "run/inputs.json").write_text(json.dumps(found | {"deepspeed": {}}))

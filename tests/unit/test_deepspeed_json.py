@@ -66,7 +66,7 @@ MISTAKES = {
     "a mistyped key": (zero(overlap_com=True), [f"'{ZERO}.overlap_com'", f"did you mean {ZERO}.overlap_comm?"]),
     "a key of a section at the top": ({"stage": 3}, ["'stage'", f"did you mean {ZERO}.stage?"]),
     "a key in the wrong section": ({"bf16": {"loss_scale": 1}}, ["'bf16.loss_scale'", "did you mean fp16.loss_scale?"]),
-    "a key unlike any": ({"qqqq": 1}, ["unknown key 'qqqq'", "take it out"]),
+    "a key unlike any": ({"qqqq": 1}, ["unknown key 'qqqq'", "remove it"]),
     "a key that Python uses": (zero(self=1), [f"'{ZERO}.self'"]),
     "an old key beside the new": (zero(cpu_offload=True, offload_optimizer={"device": "cpu"}), ["cpu_offload"]),
     "loss scale": ({"fp16": {"loss_scale": -1}}, ["fp16", "loss_scale"]),
@@ -193,7 +193,7 @@ def test_fp16_on_a_processor_without_it(monkeypatch):
 
     check_precision("bf16")
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)  # as DeepSpeed answers for "no"
-    with pytest.raises(UserError, match=r"this CPU does not train in fp16; use training.precision=fp32 or bf16"):
+    with pytest.raises(UserError, match=r"this CPU does not support fp16; use training.precision=fp32 or bf16"):
         check_precision("fp16")
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     check_precision("fp16")

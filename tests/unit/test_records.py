@@ -287,7 +287,7 @@ def test_the_ks_test_of_all_tokens(tmp_path):
     }
     for said, other in others.items():
         save_shift(other, path)
-        with pytest.raises(UserError, match=r"draw\.safetensors cannot be read as the KS test of all tokens"):
+        with pytest.raises(UserError, match=r"draw\.safetensors is not a valid KS test of all tokens"):
             load_shift(path)
         if said not in ("count is above", "num_samples"):
             with pytest.raises(UserError, match=said):

@@ -96,9 +96,9 @@ def test_pickled_ticket_is_refused_and_not_run(folder, tmp_path, name):
     [
         ({"token_ids": [3, 64, 17, 130]}, "ascending"),
         ({"token_ids": [3, 17, 17, 130]}, "ascending"),
-        ({"token_ids": [3, 17, 64, 134]}, "leave the vocabulary"),
+        ({"token_ids": [3, 17, 64, 134]}, "exceed the vocabulary"),
         ({"token_ids": [-1, 17, 64, 130]}, "token_ids.0: input should be greater than or equal to 0"),
-        ({"token_ids": [3, 17, 64]}, "4 entries beside 3"),
+        ({"token_ids": [3, 17, 64]}, "4 entries for 3"),
         ({"token_ids": [3, 17, 64, 131]}, "count differs"),
         ({"tokens": ["a"]}, "tokens has 1 entries"),
         ({"pvalue": ["0", "0", "0", "0"]}, "pvalue"),
@@ -106,12 +106,12 @@ def test_pickled_ticket_is_refused_and_not_run(folder, tmp_path, name):
         ({"alpha": 1.5}, "alpha: input should be less than 1"),
         ({"embedding_scope": "output"}, "embedding_scope: input should be 'input' or 'shared'"),
         ({"method": "auto"}, "method: input should be 'exact' or 'asymp'"),
-        ({"source": {"train_frequency": [1, 2]}}, "source.train_frequency has 2 entries beside 4"),
+        ({"source": {"train_frequency": [1, 2]}}, "source.train_frequency has 2 entries for 4"),
         ({"source": {"before": ["base"]}}, "source.before: input should be a valid string"),
         ({"count": [33, 33, 33, 33]}, "count is above num_samples"),
-        ({"num_samples": 31}, "asks for"),
-        ({"vocab_size": 135}, "asks for"),
-        ({"base": {"dtype": "float16", "sha256": ""}}, "asks for"),
+        ({"num_samples": 31}, "requires"),
+        ({"vocab_size": 135}, "requires"),
+        ({"base": {"dtype": "float16", "sha256": ""}}, "requires"),
         ({"base": {"dtype": "bfloat16", "sha256": ""}}, "not the rows"),
         ({"modules": ["lm_head"]}, "adapter_model.safetensors holds"),
         ({"format_version": 2}, "ticket format"),
@@ -132,7 +132,7 @@ def test_ticket_with_peft_config_of_other_rows_is_refused(folder):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/model"}))
     Ticket.load(folder)  # that name may be edited
     (folder / "adapter_config.json").write_text(json.dumps(config | {"token_indices": [3, 17, 64, 131]}))
-    with pytest.raises(ValueError, match=r"adapter_config.json: token_indices is at odds with ticket.json"):
+    with pytest.raises(ValueError, match=r"adapter_config.json: token_indices does not match ticket.json"):
         Ticket.load(folder)
 
 
