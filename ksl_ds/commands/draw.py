@@ -22,7 +22,7 @@ def main(command: DrawCommand) -> None:
     """Draws a ticket from `before` and `after` into `out`. Raises UserError where they are not of one model."""
     with distributed.raise_on_all_ranks():
         if Path(command.out).exists():
-            raise UserError(f"out={command.out} exists already; choose another folder for the ticket")
+            raise UserError(f"out={command.out} already exists; choose another folder for the ticket")
         before, after = (open_model(path) for path in (command.before, command.after))
         check_same_model(before, after)
         tokenizer = before.tokenizer()

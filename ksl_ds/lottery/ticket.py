@@ -195,6 +195,7 @@ class Ticket:
         Parameters
         ----------
         model : Hugging Face causal language model
+            The base model, in any floating dtype.
         tokenizer : transformers tokenizer, optional
             The model's; its tokens are compared with the ticket's.
         force : bool

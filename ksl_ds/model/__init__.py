@@ -1,1 +1,1 @@
-"""Loading a model, which parameters a method trains, tied and untied embeddings, model folders."""
+"""Model folders, loading under ZeRO, trainable rows, adapters, tied and untied embeddings."""

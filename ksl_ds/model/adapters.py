@@ -1,8 +1,8 @@
-"""LoRA and prefix tuning, by PEFT, on a model that may be partitioned.
+"""LoRA and prefix tuning by PEFT, on a model that may be partitioned.
 
-What PEFT makes of an architecture is found out on the meta device, before any weight is loaded: which modules LoRA adapts
-where the recipe names none, and which shape a prefix has. PEFT derives that shape from names in the config; where this
-does not fit the architecture's code, it is read off the keys that the code itself caches.
+Whether PEFT supports an architecture is tested on the meta device before weights are loaded: which modules LoRA adapts by
+default, and the shape of a prefix. PEFT derives that shape from names in the config; if this does not match the
+architecture's code, it is taken from the keys that the code caches.
 
 Legend: B pairs, L positions, V vocabulary.
 """
@@ -26,11 +26,11 @@ from ksl_ds.model.dry_run import first_line, meta_model
 from ksl_ds.sharding.engine import TORCH_DTYPE
 from ksl_ds.sharding.partition import gathered
 
-ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the output head
+ALL_LINEAR = "all-linear"  # PEFT's name for all linear layers except the output head
 
 
 def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
-    """PEFT's config of `method`, lora or prefix, for an architecture. Its placeholders are PEFT's to fill in.
+    """PEFT's config of `method`, lora or prefix, for an architecture. PEFT fills in its placeholders.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
     Raises
     ------
     UserError
-        Where PEFT cannot place the adapter in this architecture.
+        If PEFT cannot adapt this architecture.
     """
     from peft import LoraConfig, PrefixTuningConfig
 
@@ -92,45 +92,39 @@ def adapter_config(model_config: Any, recipe: Recipe, method: str) -> Any:
         if no_prefix is None:
             return prefix
     raise UserError(
-        f"method=prefix: prefix tuning by PEFT does not exist for the architecture {model_config.model_type} "
-        f"as it is trained here: {no_prefix}"
+        f"method=prefix: PEFT's prefix tuning does not support the architecture {model_config.model_type} with these "
+        f"settings: {no_prefix}"
     )
 
 
 def with_adapter(model: nn.Module, config: Any) -> Any:
-    """The model with PEFT's adapter of a config that `adapter_config` made. The config may be used again."""
+    """Adds PEFT's adapter to the model; `config` is from `adapter_config` and can be reused."""
     return _placed(model, config)
 
 
 def _placed(model: Any, config: Any) -> Any:
     from peft import get_peft_model
 
-    # In the model's own dtype, as ZeRO-3 wants all parameters of a run; the optimizer keeps fp32 masters anyway.
+    # In the model's dtype, since ZeRO-3 needs one dtype; the optimizer keeps fp32 master weights anyway.
     return get_peft_model(model, copy.deepcopy(config), autocast_adapter_dtype=False)
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recomputes the layers' activations in the backward pass. Raises UserError where the architecture has no such way."""
+    """Switches gradient checkpointing on. Raises UserError if the architecture does not support it."""
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"training.gradient_checkpointing=true: {first_line(error)}; leave it out") from None
+        raise UserError(f"training.gradient_checkpointing=true: {first_line(error)}; remove it") from None
 
 
 def target_modules(model: Any) -> list[str]:
-    """The names of the modules that a model's LoRA adapts, as PEFT has settled them."""
+    """Names of the modules that a model's LoRA adapts, as resolved by PEFT."""
     found = model.peft_config["default"].target_modules
     return [found] if isinstance(found, str) else sorted({name.rpartition(".")[2] for name in found})
 
 
 def save_adapter(model: Any, out: Path) -> None:
-    """Writes the adapter as PEFT does, from rank 0, whole or not at all. Collective.
-
-    Raises
-    ------
-    UserError
-        On every rank, where it cannot be written.
-    """
+    """Writes the adapter in PEFT's format on rank 0, atomically. Collective. Raises UserError on every rank."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     message = None
     with gathered(trained):
@@ -138,13 +132,13 @@ def save_adapter(model: Any, out: Path) -> None:
             try:
                 with atomic_folder(out) as draft:
                     model.save_pretrained(str(draft), save_embedding_layers=False)
-            except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+            except (OSError, SafetensorError) as error:  # SafetensorError: a full disk
                 message = f"{out} could not be written: {reason(error)}"
     distributed.raise_if_any_rank(message)
 
 
 class _AnyScalar(TorchDispatchMode):
-    """Lets code on the meta device read a value of a tensor: it is 1, or true. Shapes do not depend on it."""
+    """Lets code on the meta device read a value of a tensor: 1 or true. Shapes do not depend on it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -158,20 +152,20 @@ def _tokens() -> dict[str, torch.Tensor]:
 
 
 def _prefix_problem(model: Any, config: Any) -> str | None:
-    """Why the architecture does not take a prefix of this shape; None where it does."""
+    """Why the architecture does not support a prefix of this shape; None if it does."""
     try:
         peft_model = _placed(model, config).train()
         trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
         with torch.device("meta"), _AnyScalar():
             logits_BLV = peft_model(**_tokens(), use_cache=False).logits
             logits_BLV.float().sum().backward()
-    except Exception as error:  # PEFT and the architecture's code raise whatever they like
+    except Exception as error:  # PEFT and the architecture's code may raise anything
         return first_line(error)
     return None if all(parameter.grad is not None for parameter in trained) else "its code does not read the prefix"
 
 
 def _cached_shape(model: Any) -> tuple[int, int, int] | None:
-    """Layers, heads and channels of a head of the keys that a model caches; None where layers differ or cache no keys."""
+    """Layers, heads and channels per head of a model's cached keys; None if layers differ or cache no keys."""
     try:
         with torch.device("meta"), _AnyScalar(), torch.no_grad():
             cached = model(**_tokens(), use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""The KS test of two checkpoints: row blocks straight from safetensors, spread over the ranks; no model is loaded.
+"""The KS test of two checkpoints: row blocks read from safetensors, divided over the ranks; no model is loaded.
 
 Legend: V tokens, D coordinates, R rows of this rank, B rows of a block.
 """
@@ -19,14 +19,14 @@ BLOCK_BYTES = 64 << 20  # of one checkpoint's rows at once
 
 
 def checkpoint_shift(before: ModelFolder, after: ModelFolder) -> Shift:
-    """The KS test of all rows, each rank its even share, in blocks; the same on every rank."""
+    """The KS test of all rows, divided evenly over the ranks. Collective; every rank gets the same result."""
     num_rows, width = before.shape(before.embedding_name)
     own = even_rows(num_rows, distributed.world_size())[distributed.rank()]
     itemsize = max(folder.dtype(folder.embedding_name).itemsize for folder in (before, after))
     block = max(1, BLOCK_BYTES // (width * itemsize))
     parts = []
     message = None
-    # A rank without rows tests one block of none, so that it has vectors of the right kind to send.
+    # A rank without rows tests one empty block, so that it has tensors of the right dtype to send.
     with distributed.progress(range(own.start, max(own.stop, own.start + 1), block), "drawing") as starts:
         for start in starts:
             stop = min(start + block, own.stop)

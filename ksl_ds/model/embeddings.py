@@ -1,4 +1,4 @@
-"""Which module and which weight `train_only_rows` restricts, and what it cannot restrict."""
+"""The module and weight that `train_only_rows` restricts, and the unsupported cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ksl_ds.sharding.partition import full_shape
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model within wrappers for parallel training, DeepSpeed's engine and torch.compile."""
+    """The model inside wrappers of parallel training, DeepSpeed's engine and torch.compile."""
     while True:
         if type(module).__name__ == "OptimizedModule":
             module = module._orig_mod  # type: ignore[assignment]
@@ -23,14 +23,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def is_trainer_of(module: nn.Module) -> bool:
-    """Whether a module wraps a model whose parameters it has already prepared for training."""
+    """Whether a module is a wrapper that has already prepared the model's parameters for training."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     deepspeed = sys.modules.get("deepspeed")
     return isinstance(module, parallel) or (deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine))
 
 
 def embedding_of(model_or_embedding: nn.Module) -> nn.Module:
-    """The module whose rows are meant: a model's input embedding, or the module itself. Raises ValueError."""
+    """A model's input embedding, or the module itself if it is one. Raises ValueError."""
     module = unwrapped(model_or_embedding)
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(
@@ -44,14 +44,14 @@ def embedding_of(model_or_embedding: nn.Module) -> nn.Module:
             embedding = None
         if not isinstance(embedding, nn.Module):
             raise ValueError(
-                f"{type(module).__name__} has no input embedding; give train_only_rows the module whose rows shall train"
+                f"{type(module).__name__} has no input embedding; pass train_only_rows the module whose rows should train"
             )
         module = embedding
     return _below_adapters(module)
 
 
 def _below_adapters(embedding: nn.Module) -> nn.Module:
-    """The embedding that PEFT trains as a whole in place of the model's; ValueError for adapters that move every row."""
+    """The copy of the embedding that PEFT trains, if any. Raises ValueError for adapters that change every row."""
     if "peft" not in sys.modules:
         return embedding
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,14 +61,14 @@ def _below_adapters(embedding: nn.Module) -> nn.Module:
         return embedding.modules_to_save[embedding.active_adapters[0]]
     if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         raise ValueError(
-            f"an adapter ({type(embedding).__module__}.{type(embedding).__name__}) lies over the embedding and moves rows "
-            "that train_only_rows would keep; take the embedding out of the adapter's target_modules or trainable tokens"
+            f"an adapter ({type(embedding).__module__}.{type(embedding).__name__}) wraps the embedding and changes rows that "
+            "train_only_rows would freeze; remove the embedding from the adapter's target_modules or trainable tokens"
         )
     return embedding
 
 
 def is_in_adapter_model(model: nn.Module, embedding: nn.Module) -> bool:
-    """Whether PEFT, when it saves its adapter of this model, leaves out the embedding."""
+    """Whether PEFT omits the embedding when it saves its adapter of this model."""
     if "peft" not in sys.modules:
         return False
     from peft import PeftModel
@@ -78,7 +78,7 @@ def is_in_adapter_model(model: nn.Module, embedding: nn.Module) -> bool:
 
 
 def weight_of(model_or_embedding: nn.Module, embedding: nn.Module) -> nn.Parameter:
-    """The (V, D) weight of an embedding; ValueError for one whose rows cannot be restricted."""
+    """The (V, D) weight of an embedding. Raises ValueError if its rows cannot be restricted."""
     name = type(embedding).__name__
     weight: Any = embedding._parameters.get("weight")
     if weight is None:
@@ -98,11 +98,11 @@ def weight_of(model_or_embedding: nn.Module, embedding: nn.Module) -> nn.Paramet
         )
     if weight.is_meta or not weight.is_contiguous():
         kind = "on the meta device" if weight.is_meta else "not contiguous"
-        raise ValueError(f"train_only_rows needs weights in memory, row after row; that of {name} is {kind}")
+        raise ValueError(f"train_only_rows needs a contiguous weight in memory; that of {name} is {kind}")
     if is_trainer_of(model_or_embedding) and not weight.requires_grad:
         raise ValueError(
-            f"the embedding was frozen when {type(model_or_embedding).__name__} was made, which does not train it; "
-            "call train_only_rows before"
+            f"the embedding was frozen when {type(model_or_embedding).__name__} was created, which therefore does not train "
+            "it; call train_only_rows before"
         )
     return weight
 

@@ -1,8 +1,8 @@
 """A local Hugging Face model folder: which tensor is the embedding, and writing a folder with other rows.
 
-Choices and what they cost: names are found by building the architecture on the meta device and asking transformers how
-it renames checkpoint tensors, so any causal model works, at the price of two calls into its loading code (the ones PEFT
-uses). A written folder appears whole or not at all.
+Choices and what they cost: names come from building the architecture on the meta device and from transformers' rules for
+renaming checkpoint tensors, so any causal model works, at the price of two calls into its loading code (which PEFT uses
+too). Folders are written atomically.
 
 V tokens, D coordinates of an embedding row, K ticket rows.
 """
@@ -34,12 +34,12 @@ Added = tuple[torch.dtype, tuple[int, ...], Iterable[Tensor]]  # the blocks are 
 
 
 def local_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A folder as it is; a Hub id through the Hub's cache (safetensors, JSON and tokenizer files only).
+    """The path itself, or a Hub id's folder in the Hub's cache (safetensors, JSON and tokenizer files only).
 
     Raises
     ------
     UserError
-        Where there is no such folder and the Hub does not give one.
+        If there is no such folder and the download fails.
     """
     path = Path(path_or_hub_id)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
@@ -55,26 +55,26 @@ def local_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
                 ignore_patterns=["*/*", "consolidated*"],
             )
         )
-    except Exception as error:  # the Hub's client has a dozen kinds, from "no such repository" to "no network"
+    except Exception as error:  # the Hub's client has a dozen, from "no such repository" to "no network"
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path_or_hub_id} is no folder here and the Hub does not give it: {reason}") from None
+        raise UserError(f"{path_or_hub_id} is not a folder, and cannot be downloaded from the Hub: {reason}") from None
 
 
 def config_problem(error: Exception) -> str:
-    """What transformers has against a config, in a line; code that it did not run is named with the key that allows it."""
+    """Transformers' error for a config, in a line; for custom code, the key that allows it."""
     if "custom code" in str(error):
-        return "the model needs Python code that it ships; read that code, then set model.trust_remote_code=true in a recipe"
+        return "the model needs its own Python code; read that code, then set model.trust_remote_code=true in a recipe"
     return reason_of(error)
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a folder that is not a full model for causal generation, from its small files alone.
+    """Checks from the small files that a folder holds a full causal language model.
 
     Raises
     ------
     UserError
-        For git-LFS pointers, an adapter instead of a model or beside it, a config.json that does not parse, quantised
-        weights, and an encoder-decoder.
+        For git-LFS pointers, an adapter instead of a model or beside it, an invalid config.json, quantised weights, and an
+        encoder-decoder.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such model folder")
@@ -85,8 +85,8 @@ def check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         if has_adapter:
             raise UserError(
-                f"{path} is an adapter, not a model: give the model that it was trained on, or merge the two first "
-                "(ksl-ds transfer for a ticket, PEFT's merge_and_unload for other adapters)"
+                f"{path} is an adapter, not a model: give its base model, or merge the two first (ksl-ds transfer for a "
+                "ticket, PEFT's merge_and_unload for other adapters)"
             )
         raise UserError(f"{path} is not a model folder: it has no config.json")
     if has_adapter:
@@ -98,13 +98,13 @@ def check_folder(path: Path) -> None:
 
 
 def check_config_json(file: Path) -> None:
-    """Refuses a config.json that does not parse, and those of quantised models and encoder-decoders."""
+    """Raises UserError for an invalid config.json, a quantised model and an encoder-decoder."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {reason_of(error)}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{file} is not a model's configuration: it holds no JSON object")
+        raise UserError(f"{file} is not a model's configuration: it is not a JSON object")
     sections = [config, config.get("text_config")]
     for section in sections:
         if not isinstance(section, dict):
@@ -119,7 +119,7 @@ def check_config_json(file: Path) -> None:
 
 
 def check_is_decoder(config: Any, where: str | Path) -> None:
-    """Refuses encoder-decoders, also where the class says so and config.json does not, and bidirectional encoders."""
+    """Raises UserError for encoder-decoders, also if only their class says so, and for bidirectional encoders."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if config.is_encoder_decoder:
@@ -130,26 +130,26 @@ def check_is_decoder(config: Any, where: str | Path) -> None:
     if (is_encoder and not text.is_decoder) or bidirectional is True or bidirectional == "all":
         key = "use_bidirectional_attention" if bidirectional else "is_decoder"
         raise UserError(
-            f"{where}: {text.model_type} is a bidirectional encoder here ({key}: {getattr(text, key)}), which sees the words "
-            "it should predict; give a decoder-only language model"
+            f"{where}: {text.model_type} is a bidirectional encoder here ({key}: {getattr(text, key)}), which sees the "
+            "tokens that it should predict; give a decoder-only language model"
         )
 
 
 def open_model(path: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelFolder:
-    """The model folder of a path or Hub id, whose config.json describes its files. Raises UserError."""
+    """The model folder of a path or Hub id, after `check`. Raises UserError."""
     folder = ModelFolder(local_folder(path, revision), trust_remote_code=trust_remote_code)
     folder.check()
     return folder
 
 
 class ModelFolder(Shards):
-    """A folder with config.json and safetensors. Tensor names are the file's unless a method says otherwise.
+    """A folder with config.json and safetensors. Tensor names are the files' unless a method says otherwise.
 
     Raises
     ------
     UserError
-        On opening: no folder, no config.json, no weights, only pickled weights, and all that `check_folder` refuses.
-        Later: a damaged or missing tensor, a config that does not describe the files.
+        On opening: as `check_folder`, and for missing or pickled weights. Later: for a damaged or missing tensor, or a
+        config that does not match the files.
     """
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False):
@@ -164,7 +164,7 @@ class ModelFolder(Shards):
 
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # config classes raise whatever a strange value leads to
+        except Exception as error:  # config classes may raise anything
             raise UserError(f"{self.path / 'config.json'}: {config_problem(error)}") from None
         check_is_decoder(config, self.path / "config.json")
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -182,7 +182,7 @@ class ModelFolder(Shards):
         from transformers.modeling_utils import set_zero3_state
 
         try:
-            # That state keeps transformers from partitioning this model where a ZeRO-3 configuration is alive.
+            # That state keeps transformers from partitioning this model while a ZeRO-3 configuration is alive.
             with torch.device("meta"), set_zero3_state():
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
         except UserError:
@@ -193,12 +193,12 @@ class ModelFolder(Shards):
             ) from None
 
     def check(self) -> None:
-        """Compares config.json with the files' headers: every stored parameter has the shape and kind that it says.
+        """Compares the shapes and dtypes in the files' headers with the model that config.json describes.
 
         Raises
         ------
         UserError
-            For a config that no model can be built from, and for the first tensor that does not fit.
+            If no model can be built from the config, and for the first tensor that does not match.
         """
         parameters = dict(self.meta_model.named_parameters(remove_duplicate=False))
         embedding = f"{self.embedding_module}.weight"
@@ -222,16 +222,16 @@ class ModelFolder(Shards):
         self._check_names()
 
     def _check_names(self) -> None:
-        """Every stored tensor has a place in the model, and every parameter a stored tensor."""
+        """Raises UserError for stored tensors that the model does not have."""
         if self._unexpected_names:
             raise UserError(
-                f"{self.path}: {len(self._unexpected_names)} tensors in the files have no place in a "
+                f"{self.path}: {len(self._unexpected_names)} tensors in the files do not belong to a "
                 f"{self.config.model_type}, such as {min(self._unexpected_names)}; config.json describes another model"
             )
 
     @cached_property
     def _unexpected_names(self) -> set[str]:
-        """Stored tensors that have no place in the model and that transformers does not expect to be left over either."""
+        """Stored tensors that the model does not have and that transformers does not ignore either."""
         from transformers.utils.loading_report import LoadStateDictInfo
 
         unplaced = {name for name, (target, _) in self._targets.items() if target is None}
@@ -241,7 +241,7 @@ class ModelFolder(Shards):
 
     @cached_property
     def buffer_names(self) -> set[str]:
-        """Stored tensors that no training changes: the model's buffers, and those that transformers ignores on loading."""
+        """Stored tensors that training does not change: buffers, and those that transformers ignores on loading."""
         buffers = {name for name, _ in self.meta_model.named_buffers(remove_duplicate=False)}
         return {
             name
@@ -250,20 +250,20 @@ class ModelFolder(Shards):
         }
 
     def parameter_name(self, stored_name: str) -> str:
-        """The model's name of a tensor that is stored as it is; the files' name of one that loading fuses or ignores."""
+        """The model's name of a stored tensor; the files' name if loading fuses or ignores it."""
         target, converted = self._targets[stored_name]
         return stored_name if target is None or converted else target
 
     @cached_property
     def _conversions(self) -> list[Any]:
-        """What transformers renames, fuses and reshapes when it loads this architecture."""
+        """Transformers' rules of renaming, fusing and reshaping for this architecture."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return get_model_conversion_mapping(self.meta_model)
 
     @cached_property
     def _rename(self) -> Callable[[str], tuple[str | None, bool]]:
-        """From a tensor's name in files to the model's, None where it has no place; and whether it is fused or reshaped."""
+        """Maps a name in the files to the model's (None if it has none), and whether it is fused or reshaped."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         rules = self._conversions
@@ -284,15 +284,15 @@ class ModelFolder(Shards):
 
     @cached_property
     def _stored_names(self) -> dict[str, str]:
-        """By parameter, for those that are stored as they are."""
+        """Names in the files by parameter, without fused or reshaped ones."""
         return {target: name for name, (target, converted) in self._targets.items() if target and not converted}
 
     def stored_name(self, parameter_name: str) -> str | None:
-        """The name in the files of a model's parameter; None where it is stored in another form, or not at all."""
+        """A parameter's name in the files; None if it is stored fused or reshaped, or not at all."""
         return self._stored_names.get(parameter_name)
 
     def new_name(self, parameter_name: str) -> str:
-        """The name under which transformers would store a parameter that these files lack, such as an untied head."""
+        """The name under which transformers would store a parameter that is missing here, such as an untied head."""
         from transformers.core_model_loading import revert_weight_conversion
 
         parameter = self.meta_model.get_parameter(parameter_name)
@@ -300,14 +300,14 @@ class ModelFolder(Shards):
         return name if self._rename(name) == (parameter_name, False) else parameter_name
 
     def file_tensors(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A whole model's parameters as its files hold them: the files' names, and what loading fused taken apart.
+        """Converts a whole model's parameters to the files' names and forms: fused tensors are split again.
 
-        A tied matrix is given under every name that the files hold it by. An untied head that they lack is added.
+        A tied matrix gets all of its names in the files. An untied head that is missing in the files is added.
 
         Raises
         ------
         UserError
-            Where the files hold the model in a form that transformers cannot write.
+            If the files have a form that transformers cannot write.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -338,8 +338,8 @@ class ModelFolder(Shards):
         differing = (in_files.keys() - self.shard_of.keys() - untied) | (stored_parameters - in_files.keys())
         if differing:
             raise UserError(
-                f"{self.path}: the files hold {min(differing)} in another form than transformers writes, so a fully "
-                "tuned model cannot be saved; load the model with transformers, save it, and give that folder"
+                f"{self.path}: the files store {min(differing)} in another form than transformers writes, so a fully "
+                "tuned model cannot be saved; load the model with transformers, save it, and use that folder"
             )
         return in_files
 
@@ -349,7 +349,7 @@ class ModelFolder(Shards):
 
     @cached_property
     def _aliases(self) -> dict[str, list[str]]:
-        """By parameter, the other names of the same matrix; embedding and head only where the files agree."""
+        """By parameter, the other names of the same matrix; embedding and head only if tied in the files."""
         names: dict[int, list[str]] = {}
         for name, parameter in self.meta_model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -363,12 +363,12 @@ class ModelFolder(Shards):
 
     @cached_property
     def embedding_module(self) -> str:
-        """Name of the input embedding within the model, such as model.embed_tokens."""
+        """Module name of the input embedding, such as model.embed_tokens."""
         return self._module_name(self.meta_model.get_input_embeddings())
 
     @cached_property
     def head_module(self) -> str | None:
-        """Name of the output head within the model, such as lm_head, tied or not."""
+        """Module name of the output head, such as lm_head, tied or not; None if there is none."""
         head = self.meta_model.get_output_embeddings()
         return None if head is None else self._module_name(head)
 
@@ -377,13 +377,13 @@ class ModelFolder(Shards):
 
     @cached_property
     def config_ties(self) -> bool:
-        """Whether the architecture makes embedding and head one matrix under this config, whatever the files hold."""
+        """Whether the architecture ties embedding and head under this config, regardless of the files."""
         head = self.meta_model.get_output_embeddings()
         return head is not None and head.weight is self.meta_model.get_input_embeddings().weight
 
     @cached_property
     def tied(self) -> bool:
-        """Whether embedding and head are one matrix, as transformers decides: the config says so, the files agree."""
+        """Whether embedding and head are one matrix, as in transformers: by the config, and equal in the files."""
         if not self.config_ties:
             return False
         names = [self.stored_name(f"{module}.weight") for module in (self.embedding_module, self.head_module)]
@@ -414,9 +414,9 @@ class ModelFolder(Shards):
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """The tokens that end an answer, as generation_config.json says, or config.json where that file is missing.
+        """End-of-sequence token ids of generation_config.json, or of config.json if that file is missing.
 
-        Ids that have no row are left out: the model cannot give them.
+        Ids without an embedding row are dropped, since the model cannot generate them.
         """
         path = self.path / "generation_config.json"
         path = path if path.exists() else self.path / "config.json"
@@ -440,7 +440,7 @@ class ModelFolder(Shards):
 
     @cached_property
     def positions(self) -> int | None:
-        """How many positions the model has a table for, such as GPT-2 and OPT; None where it has none and no such limit."""
+        """Size of the model's position table, as in GPT-2 and OPT; None for a model without such a limit."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int):
             return None
@@ -455,39 +455,39 @@ class ModelFolder(Shards):
         return limit if limit in (*learned, *computed) else None
 
     def tokenizer(self) -> Any:
-        """The transformers tokenizer. Raises UserError where there is none or the embedding is too small for it."""
+        """The transformers tokenizer. Raises UserError if it does not load or has more tokens than the embedding rows."""
         from transformers import AutoTokenizer
 
         for name in TOKENIZER_SIDES:
             self._check_tokenizer_file(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers, tokenizers and sentencepiece raise whatever they like here
-            self._check_tokenizer_file(TOKENIZER)  # read a second time only to say what is wrong with it
+        except Exception as error:  # transformers, tokenizers and sentencepiece may raise anything
+            self._check_tokenizer_file(TOKENIZER)  # for a better message
             raise UserError(f"{self.path}: the tokenizer does not load: {reason_of(error)}") from None
         rows = self.shape(self.embedding_name)[0]
         largest = largest_id(tokenizer)
         if largest >= rows:
             raise UserError(
-                f"{self.path}: its tokenizer has {len(tokenizer)} tokens with ids up to {largest}, more than the {rows} "
-                "rows of its embedding; use the tokenizer that belongs to the model"
+                f"{self.path}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, more than the embedding's "
+                f"{rows} rows; use the model's own tokenizer"
             )
         return tokenizer
 
     def _check_tokenizer_file(self, name: str) -> None:
-        """Raises UserError for a file that is no JSON object."""
+        """Raises UserError for a file that is not a JSON object."""
         file = self.path / name
         if file.is_file() and not isinstance(read_json(file), dict):
-            raise UserError(f"{file} belongs to a tokenizer and must hold an object, {{...}}; fetch it again")
+            raise UserError(f"{file} belongs to a tokenizer and must hold an object, {{...}}; download it again")
 
 
 def largest_id(tokenizer: Any) -> int:
-    """The largest id that a tokenizer can give: its length is smaller where ids have gaps."""
+    """A tokenizer's largest id, which exceeds its length if ids have gaps."""
     return max(tokenizer.get_vocab().values())
 
 
 def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """The tokenizer's raw pieces; "" for rows of a padded embedding that no token uses."""
+    """The tokenizer's raw pieces of `ids`; "" for padding rows of the embedding."""
     largest = largest_id(tokenizer)
     return [tokenizer.convert_ids_to_tokens(number) or "" if number <= largest else "" for number in ids]
 
@@ -526,8 +526,25 @@ def write_model(
 def write_model_with_rows(base: ModelFolder, out: Path, ids: list[int], rows_KD: Tensor, scope: str) -> None:
     """Writes `base` with the embedding rows `ids` replaced by `rows_KD`, cast to the dtype of the file.
 
-    A tied base with scope "input" becomes an untied model whose head holds the old embedding; with "shared" head and
-    embedding stay one. Raises UserError where `out` exists.
+    A tied base with scope "input" becomes an untied model whose head is the old embedding; with "shared" it stays tied.
+
+    Parameters
+    ----------
+    base
+        The model folder to copy.
+    out
+        The folder to create.
+    ids
+        K token ids.
+    rows_KD
+        Their new rows.
+    scope
+        The ticket's embedding_scope, "input" or "shared".
+
+    Raises
+    ------
+    UserError
+        If `out` exists or cannot be written.
     """
     name = base.embedding_name
     width = base.shape(base.embedding_name)[1]
@@ -544,7 +561,7 @@ def write_model_with_rows(base: ModelFolder, out: Path, ids: list[int], rows_KD:
             config_updates = {"tie_word_embeddings": False}
             names = [stored or base.new_name(parameter) for stored, parameter in zip(in_files, in_model, strict=True)]
             patches = {names[0]: rows}
-            # The one that the files lack becomes a copy of the other, in a shard of its own.
+            # The missing one becomes a copy of the other, in its own shard.
             added = {
                 lacking: (base.dtype(name), base.shape(name), base.blocks(name))
                 for lacking in names
@@ -564,7 +581,7 @@ def _write(
         config_updates = {"tie_word_embeddings": False} | config_updates
     out = Path(out)
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; choose another folder to write the model to")
+        raise UserError(f"{out} already exists; choose another folder for the model")
     shards = sorted(set(base.shard_of.values()))
     total = len(shards) + len(added)
     numbered = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
@@ -600,7 +617,7 @@ def _write_index(path: Path, base: ModelFolder, shard_of: dict[str, str], added:
 
 
 def _copy_side_files(source: Path, target: Path, config_updates: dict[str, Any]) -> None:
-    """Config, tokenizer, generation config, model card, code: all but weights and hidden files."""
+    """Copies config, tokenizer, generation config, model card and code: all but weights and hidden files."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_SUFFIXES):
             shutil.copyfile(path, target / path.name)
@@ -615,7 +632,7 @@ def _copy_side_files(source: Path, target: Path, config_updates: dict[str, Any])
 
 
 def check_same_model(before: ModelFolder, after: ModelFolder) -> None:
-    """Raises UserError unless the two folders hold one model at two times."""
+    """Raises UserError unless the two folders hold the same model before and after tuning."""
     shapes = [folder.shape(folder.embedding_name) for folder in (before, after)]
     if shapes[0] != shapes[1]:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Loads a causal language model under ZeRO and proves that the weights are the checkpoint's.
+"""Loads a causal language model under ZeRO and verifies that the weights are the checkpoint's.
 
-Under stage 3 the model is built inside `zero.Init`: each layer is cut up as it is made, rank 0 reads the memory-mapped
-checkpoint, and no rank ever holds the whole. Some library versions silently left weights random there, so every rank
-compares its own part of every tensor with the file, bit for bit: all ranks together read the checkpoint once.
+Under stage 3 the model is built inside `zero.Init`: each layer is partitioned when it is created, rank 0 reads the
+memory-mapped checkpoint, and no rank holds the whole model. Some library versions silently left weights random there, so
+every rank compares its part of every tensor with the file, bit for bit: all ranks together read the checkpoint once.
 
 Legend: D coordinates of an embedding row; tensors here are flat unless named otherwise.
 """
@@ -31,36 +31,36 @@ WORDS_AT_ONCE = 1 << 16
 
 
 def open_folder(recipe: Model) -> ModelFolder:
-    """The model's folder on this host; a Hub model is fetched once per host."""
+    """The model's folder on this host; a Hub model is downloaded once per host. Collective."""
     with distributed.raise_on_all_ranks():
         if distributed.is_local_rank0():
             local_folder(recipe.path, recipe.revision)
     if recipe.trust_remote_code:
-        logger.info(f"model.trust_remote_code: Python code that {recipe.path} ships will run")
+        logger.info(f"model.trust_remote_code: running Python code from {recipe.path}")
     with distributed.raise_on_all_ranks():
         return open_model(recipe.path, recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
 def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> nn.Module:
-    """The model of `recipe`, partitioned as `config` (DeepSpeed) says, verified against its files.
+    """Loads the recipe's model, partitioned by the DeepSpeed `config`, and verifies its weights. Collective.
 
     With `embedding_scope: input` a tied model is untied: its head becomes a frozen copy of the embedding.
 
     Raises
     ------
     UserError
-        When weights are missing from the checkpoint or differ from it after loading.
+        On every rank, if weights are missing from the checkpoint or differ from it after loading.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers looks the configuration up through a weak reference: it must live until the model is built.
+    # transformers keeps a weak reference to this configuration: it must live until the model is built.
     zero_config = HfDeepSpeedConfig(config)
     model_config = copy.deepcopy(folder.config)
     untie = folder.tied and recipe.model.embedding_scope == "input"
     if untie or (folder.config_ties and not folder.tied):
-        # Where config.json says tied and the files hold two matrices, transformers compares the two, and under stage 3 it
-        # sees two empty ones.
+        # If config.json says tied and the files hold two matrices, transformers compares them, and under stage 3 both are
+        # empty.
         model_config.tie_word_embeddings = False
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder.path,
@@ -69,7 +69,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         trust_remote_code=recipe.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
-        # The checkpoint's generation_config.json must change no score (see text/translate.py).
+        # The checkpoint's generation_config.json must not change scores (see text/translate.py).
         generation_config=GenerationConfig(eos_token_id=folder.end_ids or None),
     )
     model, info = loaded
@@ -86,7 +86,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     if info["unexpected_keys"]:
         unexpected = info["unexpected_keys"]
         raise UserError(
-            f"{folder.path}: {len(unexpected)} tensors in the files have no place in the model, such as {min(unexpected)}"
+            f"{folder.path}: {len(unexpected)} tensors in the files do not belong to the model, such as {min(unexpected)}"
         )
     verify_weights(model, folder)
     if recipe.training.gradient_checkpointing:
@@ -95,9 +95,9 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
 
 
 def free_weights(model: nn.Module) -> None:
-    """Gives this rank's memory of a model back; it cannot be used after.
+    """Frees this rank's memory of a model, which cannot be used afterwards.
 
-    Its weights are taken from it, since deleting the model is not enough: DeepSpeed's hooks and caches hold on to it.
+    Deleting the model is not enough, since DeepSpeed's hooks and caches refer to it; so its weights are emptied.
     """
     for parameter in model.parameters():
         for weight in (parameter, stored_weight(parameter)):
@@ -105,16 +105,16 @@ def free_weights(model: nn.Module) -> None:
 
 
 def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
-    """Copies between parameters of one shape, hence cut alike: each rank copies its own part."""
+    """Copies between parameters of the same shape, hence the same partition: each rank copies its part."""
     with torch.no_grad():
         stored_weight(target).copy_(stored_weight(source))
 
 
 def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
-    """Compares every weight with the checkpoint, each rank its own part.
+    """Compares every weight with the checkpoint, each rank its part. Raises UserError on every rank.
 
-    Tensors that the model stores in another form than the file (fused experts, say) have no counterpart to compare;
-    the input embedding always has.
+    Tensors that the model stores in another form than the file, such as fused experts, are not compared; the input
+    embedding always is.
     """
     name = differing_weight(model, folder)
     failure = None
@@ -122,13 +122,13 @@ def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
         why = "differs from the checkpoint after loading; report this library mismatch"
         stored = folder.stored_name(name)
         if stored and folder.read_flat(stored, 0, math.prod(folder.shape(stored))).isnan().any():
-            why = "holds NaN in the files; give a model whose weights are all numbers"
+            why = "contains NaN in the files; give a model without NaN"
         failure = f"{folder.path}: {name} {why}"
     distributed.raise_if_any_rank(failure)
 
 
 def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:
-    """Name of the first weight whose part on this rank differs from a checkpoint's in the model's dtype, if any does."""
+    """The first weight whose part on this rank differs from a checkpoint in the model's dtype, or None."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stored = folder.stored_name(name)
         if stored is None or parameter is leave_out:
@@ -143,10 +143,9 @@ def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parame
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
-    """A digest of every weight by name, the same for any number of ranks: each sums up its own part. Collective.
+    """A checksum of every weight by name, the same for any number of ranks: each sums its part. Collective.
 
-    Two sums over the 16-bit words of a weight, modulo 2^64, one of them weighted with the words' positions: they find
-    changes, not forgeries.
+    Two sums over a weight's 16-bit words modulo 2^64, one weighted by position. They detect changes, not forgeries.
     """
     sums = {name: _word_sums(*_own_share(parameter)) for name, parameter in model.named_parameters()}
     sums_of_ranks = distributed.gather_objects(sums)
@@ -159,10 +158,10 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
 
 def _word_sums(part: torch.Tensor, start: int) -> tuple[int, int]:
-    """The sum of the words of a flat part, and that of words times their positions in the whole, exactly."""
+    """The exact sums of a flat part's words, and of words times positions in the whole weight."""
     words = part.contiguous().view(torch.int16 if part.element_size() % 2 == 0 else torch.int8)
     position = start * part.element_size() // words.element_size()
-    # Sums within a block stay below 2^53, so float64, for which there is a fast product, has no rounding.
+    # Sums within a block stay below 2^53, so the fast float64 product is exact.
     factors = torch.ones(2, WORDS_AT_ONCE, dtype=torch.float64, device=words.device)
     factors[1] = torch.arange(WORDS_AT_ONCE)
     total = weighted = 0

@@ -1,4 +1,4 @@
-"""Whether an architecture can be trained as a recipe says, found out on the meta device before weights are loaded."""
+"""Tests on the meta device, before weights are loaded, whether an architecture can be trained by a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
 
 
 def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any], method: str | None) -> Any:
-    """What training by `method` needs beside the model: PEFT's config for lora and prefix, else None.
+    """Checks that `method` can train the architecture. Returns PEFT's config for lora and prefix, else None.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any
     Raises
     ------
     UserError
-        Where the architecture cannot be trained so.
+        If the architecture does not support the method, the checkpointing or ZeRO-3.
     """
     dtype = TORCH_DTYPE[recipe.training.precision]
     trust = recipe.model.trust_remote_code
@@ -46,10 +46,10 @@ def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any
 
 
 def check_initialization(model: Any) -> None:
-    """Raises UserError where an architecture cannot be loaded under ZeRO-3.
+    """Raises UserError if an architecture cannot be loaded under ZeRO-3. Empties the model.
 
-    Most architectures leave out the initialization of weights that a checkpoint fills. Code that computes with the shape
-    of such a weight all the same fails, since ZeRO-3 has left (0,) of it. Empties the model.
+    Most architectures skip the initialization of weights that a checkpoint fills. Code that still computes with the shape
+    of such a weight fails, since under ZeRO-3 its shape is (0,).
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -59,8 +59,8 @@ def check_initialization(model: Any) -> None:
     try:
         with torch.device("meta"):
             model.initialize_weights()
-    except Exception as error:  # the architecture's code raises whatever it likes
+    except Exception as error:  # the architecture's code may raise anything
         raise UserError(
-            f"models of type {model.config.model_type} cannot be loaded under ZeRO stage 3, which cuts weights up before "
-            f"the architecture's own code initializes them ({first_line(error)}); use deepspeed=zero2.json"
+            f"models of type {model.config.model_type} cannot be loaded under ZeRO stage 3, which partitions weights before "
+            f"the architecture's code initializes them ({first_line(error)}); use deepspeed=zero2.json"
         ) from None

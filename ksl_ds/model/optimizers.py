@@ -1,4 +1,4 @@
-"""What an optimizer does with a weight: which of its tensors holds it, what copies it keeps, how it decays.
+"""What an optimizer does with a weight: which tensor it steps, which copies it keeps, how it applies weight decay.
 
 Legend: S sampled elements of a flattened weight; `flat` tensors are parts of a flattened weight.
 """
@@ -16,9 +16,9 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, 
 from ksl_ds.sharding.masters import hidden_master
 from ksl_ds.sharding.rows import master_part
 
-# They add `weight_decay` times the weight to its gradient, unless a group's `decoupled_weight_decay` says otherwise.
+# Add `weight_decay` times the weight to its gradient, unless a group has `decoupled_weight_decay`.
 COUPLED = (SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop, torch.optim.ASGD)
-# They multiply weights by 1 - lr * weight_decay. What others do is measured.
+# Multiply weights by 1 - lr * weight_decay. The decay of other optimizers is measured.
 DECOUPLED = ("AdamW", "Lion", "FusedLion", "DeepSpeedCPULion", "Muon")
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -28,8 +28,8 @@ class Stepped:
     """The part of a weight that an optimizer steps on this rank."""
 
     group: dict[str, Any]
-    parameter: Tensor  # of the group; the part lies within it
-    flat: Tensor  # the part: a live view
+    parameter: Tensor  # of the group; contains the part
+    flat: Tensor  # the part: a view
     start: int  # of the part in the flattened weight
     offset: int  # of the part in the flattened parameter
 
@@ -39,9 +39,9 @@ class Stepped:
 
 
 def stepped_part(optimizer: Optimizer, weight: nn.Parameter, *, search: bool = False) -> Stepped | None:
-    """Where an optimizer holds a weight, or its fp32 master; None where it holds neither.
+    """The part of a weight, or of its fp32 master, that an optimizer holds; None if it holds neither.
 
-    With `search`, masters that only DeepSpeed's wrapper of the optimizer knows are looked for.
+    With `search`, also searches for masters that only DeepSpeed's wrapper of the optimizer refers to.
     """
     for group in optimizer.param_groups:
         if any(parameter is weight for parameter in group["params"]):
@@ -62,7 +62,7 @@ def stepped_part(optimizer: Optimizer, weight: nn.Parameter, *, search: bool = F
 
 def held_by_any_optimizer(weight: nn.Parameter) -> bool:
     """Whether some optimizer of this process steps the weight."""
-    # By type(): some objects lie about their __class__, or fail when asked for it.
+    # By type(): some objects have a false __class__, or raise when it is read.
     optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
     return any(stepped_part(each, weight) is not None for each in optimizers if hasattr(each, "param_groups"))
 
@@ -70,10 +70,10 @@ def held_by_any_optimizer(weight: nn.Parameter) -> bool:
 def copies_of_weight(
     optimizer: Optimizer, part: Stepped, sample_S: Tensor, before_S: Tensor, known: dict[str, bool]
 ) -> dict[str, bool]:
-    """Whether each of the optimizer's states is a copy of the weight, such as schedule-free optimizers keep.
+    """Whether each of the optimizer's states is a copy of the weight, as in schedule-free optimizers.
 
-    Told by the values at sampled elements, whose weights were `before_S`, when a state is seen for the first time: `known`
-    names those that were seen before.
+    Decided when a state first appears (`known` has the earlier ones), from its values at sampled elements, whose weights
+    were `before_S`.
     """
     found = {}
     size = before_S.float().norm()
@@ -96,10 +96,10 @@ def adds_decay_to_gradient(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 def decay_of_step(
     optimizer: Optimizer, group: dict[str, Any], before_S: Tensor, after_S: Tensor, *, is_copy: bool = False
 ) -> float | None:
-    """The share of a weight that a step took away apart from its gradient; None where it cannot be told.
+    """The share by which weight decay shrank a weight in a step; None if it cannot be determined.
 
-    Told by an optimizer's name and flags, or else by elements without a gradient, which were `before_S`: all of them have
-    then shrunk by the same factor. Where they have not moved, nothing decayed, or the step was left out.
+    Known from the optimizer's class and flags, or measured on elements without gradient, `before_S` before the step: weight
+    decay shrinks all by the same factor. If they did not change, there was no decay or the step was skipped.
     """
     if len(before_S) and torch.equal(before_S, after_S):
         return 0.0
@@ -119,7 +119,7 @@ def decay_of_step(
 
 
 def _span(tensor: Any) -> tuple[int, int, int] | None:
-    """A tensor's storage, and where in it the tensor's bytes begin and end; None for one that has none of its own."""
+    """A tensor's storage, and the range of its bytes in it; None for one without contiguous memory."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         return None
     if not tensor.is_contiguous():

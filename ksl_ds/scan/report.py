@@ -42,7 +42,7 @@ def scan_folders(before: ModelFolder, after: str | Path, out: Path, alpha: float
     """
     with distributed.raise_on_all_ranks():
         if out.exists():
-            raise UserError(f"{out} exists already; choose another folder for the scan")
+            raise UserError(f"{out} already exists; choose another folder for the scan")
         base, tuned = open_checkpoints(before, after)
         plan = make_plan(base, tuned, rows)
     found = run_scan(base, tuned, plan)

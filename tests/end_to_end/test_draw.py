@@ -121,7 +121,7 @@ def test_folders_that_do_not_belong_together(folders, tmp_path, capsys):
     assert "alpha is 2" in mistake(capsys, out, "alpha=2", home=folders)
     assert "frequency" in mistake(capsys, out, "selection=frequency", home=folders)
     assert "must be one of" in mistake(capsys, out, "selection=best", home=folders)
-    assert "exists already" in mistake(capsys, f"out={tmp_path}", home=folders)
+    assert "already exists" in mistake(capsys, f"out={tmp_path}", home=folders)
     assert not (tmp_path / "ticket").exists()
 
 

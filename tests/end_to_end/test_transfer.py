@@ -105,7 +105,7 @@ def test_transfer_mistakes_are_one_sentence_and_write_nothing(ready, tmp_path):
         r"shape \(134, 32\), not \(134, 64\)": {"base": str(tmp_path / "wide"), "force": True},
         "no such model folder": {"base": str(tmp_path / "none" / "at" / "all")},
         "no such ticket folder": {"ticket": str(tmp_path / "none")},
-        "exists already": {"out": str(tmp_path / "exists")},
+        "already exists": {"out": str(tmp_path / "exists")},
         r"base/adapter_config\.json is missing; a ticket is the four files": {"ticket": ready["base"]},
     }
     for reason, change in mistakes.items():
@@ -143,4 +143,4 @@ def test_transfer_in_one_process_and_on_two_ranks(ready, tmp_path):
         left, right = load_file(file), load_file(tmp_path / "out2" / file.name)
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     again = launch(2, "--module", "ksl_ds", *words, cwd=tmp_path)
-    assert again.returncode != 0 and again.stderr.count("out2 exists already") == 1
+    assert again.returncode != 0 and again.stderr.count("out2 already exists") == 1

@@ -73,7 +73,7 @@ def test_an_unknown_number_is_named_and_the_others_are_there(monkeypatch):
     assert any(line.startswith("prefix –") for line in shown)
     assert any(line.startswith(f"{parameters:,} parameters") for line in shown)
     assert any("activations: unknown for this architecture: " in line for line in shown)
-    assert any("prefix tuning by PEFT does not exist for the architecture mpt" in line for line in shown)
+    assert any("PEFT's prefix tuning does not support the architecture mpt" in line for line in shown)
 
 
 def test_a_dry_run_ends_at_its_deadline_and_is_not_tried_again(monkeypatch):
@@ -132,7 +132,7 @@ def test_a_prefix_has_the_shape_of_the_keys_that_the_model_caches(model_type, si
 
 @pytest.mark.parametrize("model_type", ["mamba", "jamba", "mpt", "rwkv"])
 def test_a_prefix_that_does_not_exist_is_one_sentence(model_type):
-    with pytest.raises(UserError, match=f"prefix tuning by PEFT does not exist for the architecture {model_type}"):
+    with pytest.raises(UserError, match=f"PEFT's prefix tuning does not support the architecture {model_type}"):
         adapter_config(shallow(model_type), recipe_of(), "prefix")
 
 

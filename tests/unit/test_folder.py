@@ -214,7 +214,7 @@ def test_missing_tensors_are_named(tmp_path):
 
 def test_tokenizer_must_fit_the_embedding(tmp_path):
     base = ModelFolder(make_model_folder(tmp_path / "small", vocab_size=100))
-    with pytest.raises(UserError, match="134 tokens with ids up to 133, more than the 100 rows"):
+    with pytest.raises(UserError, match="134 tokens with ids up to 133, more than the embedding's 100 rows"):
         base.tokenizer()
     padded = ModelFolder(make_model_folder(tmp_path / "padded", vocab_size=192))
     assert token_strings(padded.tokenizer(), [0, 3, 133, 134, 191]) == ["<pad>", "a", "'", "", ""]
@@ -240,7 +240,7 @@ def test_local_folder_or_one_clear_sentence(tmp_path, monkeypatch):
     assert local_folder("org/model", "v1") == tmp_path and asked["revision"] == "v1"
     assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
     with pytest.raises(
-        UserError, match="org/none is no folder here and the Hub does not give it: cannot reach the Hub$"
+        UserError, match="org/none is not a folder, and cannot be downloaded from the Hub: cannot reach the Hub$"
     ):
         local_folder("org/none")
 
@@ -340,7 +340,7 @@ def test_existing_output_is_refused_and_kept(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").touch()
-    with pytest.raises(UserError, match="out exists already"):
+    with pytest.raises(UserError, match="out already exists"):
         write_model_with_rows(base, out, IDS, torch.ones(3, 32), "input")
     assert [file.name for file in out.iterdir()] == ["precious"]
 
@@ -386,7 +386,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, step):
         ({"hidden_act": "nothing"}, "unknown or missing key 'nothing'"),
         ({"num_key_value_heads": 0}, r"config\.json"),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, but the files hold \d+ tensors"),
-        ({"num_hidden_layers": 1}, "9 tensors in the files have no place in a llama, such as model.layers.1"),
+        ({"num_hidden_layers": 1}, "9 tensors in the files do not belong to a llama, such as model.layers.1"),
         ({"pad_token_id": 500}, r"config\.json"),
         ({"attn_implementation": "flash_attention_2"}, r"config\.json: no causal language model can be built"),
         ({"model_type": ["llama"]}, r"config\.json"),
@@ -568,7 +568,7 @@ def test_ids_with_gaps_are_compared_by_the_largest_one(tmp_path):
     assert len(tokenizer) == 135 and token_strings(tokenizer, [134, 139]) == ["", "far"]
     record["model"]["vocab"]["far"] = 140
     (path / "tokenizer.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="135 tokens with ids up to 140, more than the 140 rows"):
+    with pytest.raises(UserError, match="135 tokens with ids up to 140, more than the embedding's 140 rows"):
         ModelFolder(path).tokenizer()
 
 

@@ -392,4 +392,4 @@ def test_every_mistake_is_one_sentence(tmp_path, capsys):
     assert "rows is both" in mistake(capsys, before, after, out, "rows=both")
     out.mkdir()
     (out / "kept").touch()
-    assert "exists already" in mistake(capsys, before, after, out)
+    assert "already exists" in mistake(capsys, before, after, out)

@@ -43,7 +43,7 @@ def test_code_of_a_model_runs_only_when_asked_for_and_that_is_said(tmp_path, mon
     assert not marker.exists() and "trust_remote_code" not in capsys.readouterr().err
     trusted = open_folder(Model(path=str(folder), trust_remote_code=True)).config
     assert marker.exists() and trusted.model_type == "mine"
-    assert f"Python code that {folder} ships will run" in capsys.readouterr().err
+    assert f"running Python code from {folder}" in capsys.readouterr().err
 
 
 def calls(tree: ast.AST) -> list[tuple[str, list[str]]]:

@@ -96,7 +96,7 @@ def test_ticket_refuses_bad_settings(settings, reason):
 
 
 def test_ticket_of_other_shapes_is_refused():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         draw_ticket(random_matrix(), random_matrix(133))
 
 

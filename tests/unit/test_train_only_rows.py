@@ -310,13 +310,13 @@ def test_adapter_on_the_embedding_is_named():
     ids = torch.tensor([[1, 2, 3]])
     for options in ({"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [2]}):
         model = get_peft_model(random_model("llama", ROWS, tied=False), lora(**options))
-        with pytest.raises(ValueError, match="lies over the embedding"):
+        with pytest.raises(ValueError, match="wraps the embedding"):
             train_only_rows(model, CHOSEN)
         model = random_model("llama", ROWS, tied=False)
         train_only_rows(model, CHOSEN)
         peft_model = get_peft_model(model, lora(**options))
         model.requires_grad_(True)
-        with pytest.raises((ValueError, RuntimeError), match="lies over the embedding|was replaced"):
+        with pytest.raises((ValueError, RuntimeError), match="wraps the embedding|was replaced"):
             peft_model(input_ids=ids)
 
 
