@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Option:
-    """An argument of a command that is no key of a recipe; `name` and `settings` are argparse's."""
+    """An argument of a command that is not a recipe key; `name` and `settings` are argparse's."""
 
     name: str
     help: str
@@ -284,7 +284,7 @@ def _prepare(command: Command, options: dict[str, Any]) -> tuple[Callable[[], No
 
 
 def _on_ranks(command: str, recipe: Any, file: str | None) -> None:
-    # Each rank is a process of its own: tokenizers' threads would only compete, and warn about forks.
+    # Each rank is a process: threads of tokenizers would only compete, and warn about forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ksl_ds import distributed
     from ksl_ds.sharding.engine import set_library_verbosity

@@ -8,7 +8,7 @@ path: the same for every language, and no page is in two of them. The text is te
 ..."), which flatters scores, so a sentence that occurs in test again, but for case and punctuation, is taken out of train.
 
 Security updates replace the packages, so none is required by version; origin.json beside the text records which was read,
-with its sha256. Needs apt-get and dpkg-deb, and no administrator. What exists already is not made again, and what is made
+with its sha256. Needs apt-get and dpkg-deb, and no administrator. Existing files are not made again, and what is made
 appears complete or not at all.
 """
 

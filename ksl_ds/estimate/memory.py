@@ -1,7 +1,7 @@
-"""What a training run needs of a rank, as pure arithmetic: memory by kind, bytes on the wire, the smallest number of ranks.
+"""What a training run needs per rank, as arithmetic: memory by kind, communication, the smallest number of ranks.
 
-With N ranks, P parameters in all, T of them trained, b bytes of a weight (2 in bf16 and fp16, 4 in fp32), each parameter
-cut into N parts that are rounded up:
+With N ranks, P parameters, T of them trained, b bytes per weight (2 in bf16 and fp16, 4 in fp32), and each parameter
+partitioned into N parts, rounded up:
 
     weights      stage 3: b P / N, and b for each element of a parameter small enough to stay whole on every rank too
                  (stage3_param_persistence_threshold); stages 0 to 2: b P
@@ -11,10 +11,10 @@ cut into N parts that are rounded up:
     step         while the optimizer steps: fp32 gradients and the new 16-bit weights, 6 T / N (4 T / N in fp32) of at most
                  sub_group_size elements at once, or the largest part in fp64 for the gradient's norm
     buffers      b reduce_bucket_size, made when training starts (contiguous_gradients)
-    gathered     stage 3: weights that are whole for the moment: the largest of the largest parameter, what stays for the
-                 backward pass (half of stage3_max_reuse_distance: the way there and back) and, as every module asks for
-                 another prefetch bucket, stage3_max_live_parameters; and a bucket more, b P at most; and the bucket once
-                 more, since weights are copied out of the buffer that they arrive in
+    gathered     stage 3: weights gathered at one time: the maximum of the largest parameter, of what is kept for the
+                 backward pass (half of stage3_max_reuse_distance, which counts forward and backward) and, as every module
+                 prefetches another bucket, of stage3_max_live_parameters; plus one prefetch bucket, b P at most; plus the
+                 bucket again, since weights are copied out of the receive buffer
     working      activations, logits and passing gradients, measured by a dry run (model/dry_run.py); unknown where
                  an architecture does not run there
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only

@@ -1,7 +1,7 @@
-"""Is everything that a run needs in place on every host: a list to read before an expensive job.
+"""Checks of hosts and inputs before an expensive job.
 
-Nothing is trained, no weight is loaded, and nothing is left behind. Every finding is gathered, so a line speaks for all ranks
-and names the hosts where something is missing. What cannot be seen from here is whether the hosts stay up.
+Nothing is trained, no weights are loaded, no files are left. Results are gathered from all ranks, so a line is about all of
+them and names the hosts with a problem.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from ksl_ds.training.inputs import check_inputs, inputs_of
 from ksl_ds.training.run import corpus_sha256, previous_results, virtual_tokens
 
 COMPARED = (".safetensors", ".json", ".model")  # files of a model folder, by their sizes
-SECONDS_TO_SEE = 10  # for a new file to come through a network's file system
-SPARE = 0.9  # of a device's memory; beyond it the allocator's fragments may decide
+SECONDS_TO_SEE = 10  # for a new file to appear on a network file system
+SPARE = 0.9  # share of a device's memory; above it fragmentation may exceed the rest
 
 
 @dataclass
 class Checklist:
-    """Findings in order, the same on every rank, and what the checks pass on to later ones."""
+    """Prints and counts findings, the same on every rank."""
 
     failed: int = 0
     hosts: list[str] = field(default_factory=list)  # by rank
@@ -57,9 +57,9 @@ class Checklist:
         print_text(f"{status:8} {what:10} {detail}")
 
     def on_all(self, what: str, check: Callable[[], tuple[str, Any]]) -> list[Any] | None:
-        """Runs a check that does not communicate on every rank; its detail, and what it found by rank.
+        """Runs a check on every rank and prints its line. The check returns (detail, finding) and must not communicate.
 
-        None, and a failed line that names the hosts, when it raises UserError anywhere.
+        Returns the findings by rank, or None after a failed line if the check raised UserError on any rank.
         """
         detail = ""
         found = None
@@ -82,7 +82,7 @@ class Checklist:
         return [found for _, found, _ in everywhere]
 
     def same(self, what: str, values: list[Any] | None, explain: str) -> None:
-        """A failed line when the hosts disagree; nothing after a check that failed already."""
+        """Prints a failed line if the hosts' values differ; nothing if the check has already failed."""
         if values is None:
             return
         odd = dict.fromkeys(
@@ -93,48 +93,48 @@ class Checklist:
 
 
 def ranks_and_hosts(checks: Checklist, recipe: Recipe) -> None:
-    """Every rank answers, there are as many as expected, and they lie on these hosts."""
+    """Checks that all ranks respond, and lists the hosts."""
     ranks = distributed.world_size()
     total = distributed.all_reduce(torch.tensor([distributed.rank() + 1.0], device=distributed.device()))
     told = distributed.gather_objects((socket.gethostname(), distributed.is_local_rank0()))
     number: dict[str, int] = {}
     for host, first in told:
         number[host] = number.get(host, 0) + first
-        # Containers may share a host's name: a rank that is first on its host begins another one.
+        # Containers may share a host name: each local rank 0 starts another host.
         checks.hosts.append(host if number[host] < 2 else f"{host} ({number[host]})")
     right = float(total) == ranks * (ranks + 1) / 2
     checks.add(
-        "ok" if right else "failed", "ranks", f"{ranks} answer" + ("" if right else ", but an all-reduce is wrong")
+        "ok" if right else "failed", "ranks", f"{ranks} respond" + ("" if right else ", but an all-reduce is wrong")
     )
     if recipe.num_ranks is None:
-        checks.add("warning", "ranks", "num_ranks is empty in the recipe: a missing hostfile would go unnoticed")
+        checks.add("warning", "ranks", "num_ranks is empty in the recipe: a missing hostfile would not be detected")
     elif recipe.num_ranks != ranks:
         checks.add("failed", "ranks", f"the recipe expects num_ranks={recipe.num_ranks}; check the hostfile")
     share = {host: checks.hosts.count(host) for host in dict.fromkeys(checks.hosts)}
     checks.add("ok", "hosts", f"{len(share)}: " + ", ".join(f"{host} ({count})" for host, count in share.items()))
     if len(set(share.values())) > 1:
-        checks.add("warning", "hosts", "they have different numbers of ranks; is that meant?")
+        checks.add("warning", "hosts", "the numbers of ranks differ; is that intended?")
 
 
 def versions_line(environment: dict[str, Any]) -> str:
-    """The versions that must be the same on all hosts, for reading."""
+    """The versions that must agree on all hosts, as text."""
     shown = ("ksl_ds", "python", "torch", "deepspeed", "transformers")
     return ", ".join(f"{name} {environment['versions'].get(name, 'missing')}" for name in shown)
 
 
 def config_of_rank_0(recipe: Recipe) -> dict[str, Any] | None:
-    """The DeepSpeed configuration, which rank 0 reads for all."""
+    """The DeepSpeed configuration on rank 0, None on other ranks."""
     return deepspeed_config(recipe) if distributed.is_rank0() else None
 
 
 def device_check(checks: Checklist, recipe: Recipe) -> None:
-    """What a rank computes on can do the recipe's precision."""
+    """Checks that all devices support the recipe's precision."""
 
     def check() -> tuple[str, Any]:
         precision = recipe.training.precision
         check_precision(precision)
         if distributed.device().type == "cpu":
-            return f"no GPU is seen: ranks compute on the CPU in {precision}", None
+            return f"no GPU found: ranks run on the CPU in {precision}", None
         name = torch.cuda.get_device_name(distributed.device())
         return f"{name}, {size(_device_memory())}, {precision}", name
 
@@ -142,7 +142,7 @@ def device_check(checks: Checklist, recipe: Recipe) -> None:
 
 
 def model_check(checks: Checklist, recipe: Recipe) -> ModelFolder | None:
-    """The model's files are readable, and the same, on every host. The folder on this one; None when they are not."""
+    """Checks that the model's files are readable and equal on all hosts. Returns the folder, or None."""
     model = recipe.model
 
     def fetch() -> tuple[str, Any]:
@@ -167,13 +167,13 @@ def model_check(checks: Checklist, recipe: Recipe) -> ModelFolder | None:
 
 
 def method_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> None:
-    """The architecture can be trained by the recipe's method, as the run itself finds out before it loads weights."""
+    """Checks that the recipe's method can train the architecture, as the run does before it loads weights."""
 
     def check() -> tuple[str, Any]:
         if not distributed.is_rank0():
             return "", None
         adapter = prepare_method(recipe, folder.config, config, recipe.method)
-        detail = f"{recipe.method} is possible for the architecture {folder.config.model_type}"
+        detail = f"{recipe.method} supports the architecture {folder.config.model_type}"
         if getattr(adapter, "target_modules", None) == ALL_LINEAR:
             detail += f"; PEFT has no default modules for it: lora.target_modules is {ALL_LINEAR}"
         return detail, None
@@ -182,7 +182,7 @@ def method_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config:
 
 
 def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[int, int] | None:
-    """The text is readable, and the same, on every host. Tokens of the longest pair and response; None when it is not."""
+    """Checks that the text is readable and equal on all hosts. Returns tokens of the longest pair and response, or None."""
     text = recipe.text
 
     def check() -> tuple[str, Any]:
@@ -216,7 +216,7 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
 
 
 def scores_and_wandb(checks: Checklist, recipe: Recipe) -> None:
-    """What only rank 0 does: scores and tracking."""
+    """Checks sacrebleu's tokenizer and wandb on rank 0."""
     try:
         check_tokenizer(recipe.evaluation.tokenize)
         checks.add("ok", "scores", f"sacrebleu's tokenizer {recipe.evaluation.tokenize} works on rank 0, which scores")
@@ -231,13 +231,13 @@ def scores_and_wandb(checks: Checklist, recipe: Recipe) -> None:
 
 
 def smallest_device(checks: Checklist) -> int:
-    """Bytes that every rank has: of its GPU, or of its host's memory shared out to the host's ranks."""
+    """The smallest rank's memory in bytes: of its GPU, or its share of the host's memory."""
     neighbours = checks.hosts.count(checks.hosts[distributed.rank()]) if distributed.device().type == "cpu" else 1
     return min(distributed.gather_objects(_device_memory() // neighbours))
 
 
 def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | None, memory: int) -> None:
-    """The estimate for the recipe's method, at the longest pair of the text, against `memory` bytes a rank."""
+    """Compares the estimate for the recipe's method at the longest pair of the text with `memory` bytes per rank."""
     recipe = copy.deepcopy(recipe)
     try:
         plan: Plan = plan_of(recipe)
@@ -256,54 +256,49 @@ def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | N
     elif taken <= memory:
         status = "warning"
     at_least = "" if method.working is not None else "more than "
-    line = (
-        f"{recipe.method} needs {at_least}{size(taken)} of {size(memory)} a rank, as estimated (ksl-ds estimate shows the "
-        "parts)"
-    )
+    line = f"{recipe.method} needs about {at_least}{size(taken)} of {size(memory)} per rank (see ksl-ds estimate)"
     if method.working is None:
         status = "failed" if status == "failed" else "warning"
         line += f"; activations: unknown for this architecture: {method.unknown}"
     if status != "ok":
         fewest = min_ranks(method, training, plan.zero, round(SPARE * memory))
-        line += "; lower training.micro_batch_size, or training.gradient_checkpointing=true"
+        line += "; lower training.micro_batch_size, or use training.gradient_checkpointing=true"
         line += f", or {fewest} ranks" if fewest and fewest > distributed.world_size() else ""
     checks.add(status, "memory", line)
     whole = training.weight_bytes * (sum(method.trained) + sum(method.frozen))
     if plan.zero.stage == 3 and recipe.evaluation.gather_weights and whole > SPARE * memory:
-        line = f"translating holds the whole model, {size(whole)}, on every rank; use evaluation.gather_weights=false"
+        line = f"translation gathers the whole model, {size(whole)}, on every rank; use evaluation.gather_weights=false"
         checks.add("failed", "memory", line)
 
 
 def _device_memory() -> int:
-    """Bytes of this rank's device, all of them."""
+    """Total memory of this rank's device in bytes."""
     if distributed.device().type == "cuda":
         return torch.cuda.get_device_properties(distributed.device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def shared_check(checks: Checklist, recipe: Recipe) -> None:
-    """What rank 0 writes where the run folder will be, every other host sees: all ranks write checkpoints there."""
+    """Checks that run_dir will be on a shared file system, since all ranks write checkpoints there."""
     there: Path = distributed.broadcast_from_rank0(_nearest(recipe))
     name = distributed.run_on_rank0(lambda: _probe_file(there))
     if name is None:
-        return  # not writable, which `disk_check` says
+        return  # not writable: reported by `disk_check`
 
     def seen() -> tuple[str, Any]:
         for _ in range(SECONDS_TO_SEE):
-            # A listing asks the server anew, where a single name's absence may be cached.
+            # A listing asks the server; the absence of a single name may be cached.
             if there.is_dir() and name in os.listdir(there):
                 return f"{there} is the same on all hosts", None
             time.sleep(1)
-        raise UserError(
-            f"what rank 0 writes to {there} is not to be seen; run_dir must be on a file system that all share"
-        )
+        raise UserError(f"a file that rank 0 wrote to {there} is not visible; run_dir must be on a shared file system")
 
     checks.on_all("run_dir", seen)
     distributed.run_on_rank0(lambda: (there / name).unlink())
 
 
 def _nearest(recipe: Recipe) -> Path:
-    """The run folder, or what there is of the way to it."""
+    """The run folder, or its nearest existing parent."""
     run_dir = Path(recipe.run_dir).absolute()
     return next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
 
@@ -317,7 +312,7 @@ def _probe_file(folder: Path) -> str | None:
 
 
 def disk_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> None:
-    """Rank 0 can write what the run leaves: a model, of which unchanged files are linked where the disk allows."""
+    """Checks that rank 0 can write the run's largest output, a model."""
     there = _nearest(recipe)
     free = shutil.disk_usage(there).free
     needed = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
@@ -329,7 +324,7 @@ def disk_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> None:
 
 
 def resume_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> None:
-    """What the run folder holds can be resumed, as far as is known before the weights are loaded."""
+    """Checks that the run in run_dir can be resumed, as far as known without the weights."""
     run_dir = Path(recipe.run_dir)
     try:
         before = previous_results(run_dir, recipe)
@@ -342,4 +337,4 @@ def resume_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config:
     else:
         if before is not None:
             done = ", ".join(before["stages"]) or "no stage"
-            checks.add("ok", "resume", f"{run_dir} goes on, {done} done; weights are compared when they are loaded")
+            checks.add("ok", "resume", f"{run_dir} can be resumed, {done} complete; weights are compared on loading")

@@ -2,9 +2,9 @@
 
 Choices and what they cost:
 - Only rank 0 writes, and nothing here is a collective: whatever wandb or the disk does, no rank waits for another.
-- wandb never stops or holds up a training. It is asked for things in threads of limited patience, and at the first
-  failure it is dropped with one line; metrics.jsonl holds every number in any case. `auto` goes online only when a key
-  is configured and the server answers, so that a machine without network starts at once.
+- wandb never stops or delays a run. Its calls run in threads with a timeout, and after the first failure it is switched off
+  with one line; metrics.jsonl has all numbers in any case. `auto` goes online only if an API key is configured and the
+  server responds, so a machine without network starts at once.
 - A run folder is one run of wandb, whose id it keeps in `wandb/run_id`: a resumed run continues it.
 - wandb captures neither the console nor the repository (a remote's address can carry a token); the price is that its
   pages show neither. Its scratch folders lie in the run folder, so deleting that folder leaves nothing behind.
@@ -125,7 +125,7 @@ class Tracker:
         except (OSError, UserError) as error:
             self._file = None
             reason = getattr(error, "strerror", None) or error
-            logger.warning(f"{self._path} cannot be written ({reason}); it ends here, the run goes on")
+            logger.warning(f"{self._path} cannot be written ({reason}); the run continues without it")
 
     @contextmanager
     def _wandb_may_fail(self) -> Iterator[None]:
@@ -133,7 +133,7 @@ class Tracker:
             yield
         except Exception as error:  # whatever wandb raises, the training is worth more than its tracking
             self._wandb = None
-            logger.warning(f"wandb stopped ({brief(error)}); the run goes on, metrics.jsonl has every number")
+            logger.warning(f"wandb stopped ({brief(error)}); the run continues, metrics.jsonl has all numbers")
 
 
 def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
@@ -158,7 +158,7 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any:
                 reason = brief(error)
         run = run or within(START_SECONDS, lambda: _start_offline(run_dir, recipe, run_id, tried_online=bool(reason)))
     except Exception as error:  # no disk, a broken installation: the run is worth more than its tracking
-        logger.warning(f"no wandb ({brief(error)}); the run goes on, metrics.jsonl has every number")
+        logger.warning(f"no wandb ({brief(error)}); the run continues, metrics.jsonl has all numbers")
         return None
     if run.offline:
         logger.info(

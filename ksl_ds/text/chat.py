@@ -1,8 +1,8 @@
-"""The tokenizer's chat template, tried out before it is trusted.
+"""The tokenizer's chat template, tested with resource limits before it is used.
 
-A chat template is a program that comes with the checkpoint. It is first rendered in a process of its own with limits of
-CPU time, memory and length, since neither an endless loop nor a huge string can be stopped from within Python. That costs
-about a second, for chat prompts only; after that it is rendered in this process.
+A chat template is a program that comes with the checkpoint. It is first rendered in a separate process with limits on CPU
+time, memory and length, since Python cannot stop an endless loop or a huge string in its own process. That costs about a
+second, for chat prompts only.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def _rows(path: str, text: Text, split: str) -> Iterator[Any]:
         yield from _hub(path, text, split) if hub else READERS[suffix](path)
     except UserError:
         raise
-    except Exception as error:  # each reader has kinds of its own
+    except Exception as error:  # each reader has its own exceptions
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise UserError(f"{path} cannot be read{' from the Hub' if hub else ''}: {reason}") from None
@@ -366,7 +366,7 @@ def read_po(path: Path, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
             content = "\n".join(SPACES.sub(" ", line) for line in _lines(str(file))) if compressed else str(file)
             entries = polib.pofile(content)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is no readable .po file: {error}") from None
+            raise UserError(f"{file} is not a valid .po file: {error}") from None
         for entry in entries:
             if entry.obsolete:
                 dropped["obsolete in the .po file"] += 1

@@ -1,14 +1,14 @@
-"""Prompts: how a sentence is put to the model.
+"""Prompts: how a sentence becomes the model's input.
 
 Choices and what they cost:
-- Prompt and response become tokens apart, so that training and generation see the same prompt ids; no token ever spans the
-  boundary. The response is tokenized behind the prompt's last character, since tokenizers of the SentencePiece family
-  would otherwise put a space piece of its own before the first word, which no pretrained model expects there.
-- The space between prompt and response belongs to the response, as in any word within a text, even when the user's
-  template ends with one: a prompt that ends with a space asks the model to continue from a token it hardly knows.
-- Chat prompts name no date and ask for no thinking aloud, so that they are the same on every day.
-- A sentence is data: what reads like a special token in it, such as "</s>", is tokenized as plain text. Where tokenizer or
-  template cannot tell the two apart (a chat template renders text and markers together) the pair is left out and counted.
+- Prompt and response are tokenized separately, so that training and generation have the same prompt ids; no token spans the
+  boundary. The response is tokenized after the prompt's last character, since SentencePiece tokenizers would otherwise put
+  a separate space piece before the first word, which pretrained models do not expect there.
+- The space between prompt and response belongs to the response, as for any word in a text, even if the user's template ends
+  with one: models have rarely seen a text continue after a token that ends with a space.
+- Chat prompts have a fixed date and no thinking mode, so that they do not change from day to day.
+- A sentence is data: text that looks like a special token, such as "</s>", is tokenized as plain text. If tokenizer or
+  template cannot distinguish the two (a chat template renders text and markers together), the pair is dropped and counted.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Prompt:
     def __init__(self, template: str, source_language: str, target_language: str, tokenizer: Any):
         self._tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end token (eos_token), so no model could learn where to stop")
+            raise UserError("the tokenizer has no end-of-sequence token (eos_token), so a model cannot learn to stop")
         if tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) != tokenizer.eos_token:
             raise UserError(
                 f"the tokenizer's end token (eos_token) is {tokenizer.eos_token!r}, which is not in its vocabulary; name one "
@@ -80,7 +80,7 @@ class Prompt:
         unknown = [name for name in re.findall(r"\{\w+\}", text) if name not in FILLED_IN]
         if unknown:
             raise UserError(
-                f"text.prompt contains {unknown[0]}, which nothing fills in; it may contain {', '.join(FILLED_IN)}, and "
+                f"text.prompt contains {unknown[0]}, which is not a placeholder; it may contain {', '.join(FILLED_IN)}, and "
                 "the translation follows it"
             )
         # Not str.format: the user's text and the sentences may hold braces of their own.
@@ -113,7 +113,7 @@ class Prompt:
             split_special_tokens=split_special_tokens,
         )
         end = self._tokenizer.eos_token_id
-        # Some tokenizers close every text with their end token; a prompt goes on.
+        # Some tokenizers append their end token to every text; a prompt must not end with it.
         return [ids[:-1] if not self._chat and ids[-1:] == [end] else ids for ids in prompts]
 
     def encode_source(self, source: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""Scores of translations by sacrebleu, with what a single BLEU hides: the first line alone, stopping, length.
+"""Scores of translations by sacrebleu, with what a single BLEU hides: scores of the first line, stop rate, length.
 
-A hypothesis is one line: line breaks and tabs within it become spaces, in the score and in the files alike, so that
-`sacrebleu` run by hand on the files gives the printed score.
+A hypothesis is one line: line breaks and tabs become spaces, in scores and files, so that `sacrebleu` on the files gives the
+printed score.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Batched generation spread over the ranks, gathered in the order of the text.
+"""Batched generation divided over the ranks, gathered in the order of the text.
 
-Prompts are sorted by length, so that a batch pads little, and dealt to the ranks in turn. When the weights stay
-partitioned every rank runs the same number of batches and steps (`synced_gpus`), since each forward pass is a collective;
-when they are whole (`evaluation.gather_weights`) ranks do not wait for each other.
+Prompts are sorted by length to reduce padding and assigned to the ranks in turn. If the weights are partitioned, every rank
+runs the same number of batches and steps (`synced_gpus`), since each forward pass is a collective; if they are gathered
+(`evaluation.gather_weights`), ranks do not wait for each other.
 
-Only the recipe decides how hypotheses are searched for. Of the checkpoint's generation_config.json the end tokens count and
-nothing else: penalties, forced tokens or several sequences a prompt, meant for chats, would change scores.
+Only the recipe sets generation. From the checkpoint's generation_config.json only the end tokens are used: penalties, forced
+tokens or several sequences per prompt, meant for chats, would change scores.
 
 Legend: B prompts of a batch, L positions.
 """
@@ -43,7 +43,23 @@ def translate(
     partitioned: bool,
     label: str,
 ) -> list[Translation]:
-    """Hypotheses of all prompts, in order, on every rank. `partitioned`: forward passes are collectives (ZeRO-3)."""
+    """Translates all prompts. Collective; every rank gets all hypotheses in order.
+
+    Parameters
+    ----------
+    model
+        The causal language model, gathered or under an inference engine.
+    tokenizer
+        Its transformers tokenizer.
+    prompts
+        Token ids of the prompts.
+    evaluation
+        Batch size, beams and maximum length.
+    partitioned
+        Whether forward passes are collectives (ZeRO-3).
+    label
+        Of the progress bar.
+    """
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     mine = by_length[distributed.rank() :: distributed.world_size()]
     batches = [mine[start : start + evaluation.batch_size] for start in range(0, len(mine), evaluation.batch_size)]
@@ -58,7 +74,7 @@ def translate(
     found: dict[int, Translation] = {}
     with distributed.progress(batches, label) as bar, _only_settings(model, search):
         for indices in bar:
-            # A rank that has run out translates one shortest prompt along with the others and drops the result.
+            # A rank without prompts left runs the shortest one with the others and discards the result.
             translated = indices or by_length[-1:]
             batch = collate_prompts([prompts[index] for index in translated], pad_id)
             output_BL = model.generate(

@@ -83,13 +83,13 @@ def differing_model(left: dict[str, Any], right: dict[str, Any]) -> str | None:
 
 
 def read_inputs(run_dir: Path) -> dict[str, Any] | None:
-    """What the run in a folder has recorded; None where it has not. Raises UserError for a damaged file."""
+    """The inputs that a run has recorded, or None. Raises UserError for a damaged file."""
     path = Path(run_dir) / INPUTS
     return checked(read_json(path), Inputs, str(path)) if path.exists() else None
 
 
 def record_inputs(run_dir: Path, found: dict[str, Any], *, resumes: bool) -> None:
-    """Writes them down where the run has not; says so for a run that was started by a version that did not."""
+    """Writes inputs.json unless it exists; warns for a run that was started by a version without it."""
     if (run_dir / INPUTS).exists():
         return
     if resumes:

@@ -1,9 +1,8 @@
 """One training run, the same for every method: order, schedule, clipping, logging, checkpoints.
 
-Which parameters train, and what is done to their gradients, is the caller's business. The data order is a pure function of
-(seed, step). Losses are reported as of the global batch, hence comparable between any numbers of ranks. A run that is
-asked to end by SIGTERM or SIGUSR1 ends after the step it is in, with a checkpoint; one that goes on from a checkpoint has
-the losses of an uninterrupted run to the bit.
+The caller chooses the parameters and may hook their gradients. The data order is a function of (seed, step). Losses are those
+of the global batch, hence comparable between numbers of ranks. SIGTERM or SIGUSR1 stops a run after the current step, with a
+checkpoint; a resumed run has bit-identical losses.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class TrainingStats:
-    """What a training run cost and where it ended."""
+    """Statistics of a training run."""
 
     steps: int = 0
     planned_steps: int = 0
@@ -92,9 +91,9 @@ def train(
     Raises
     ------
     UserError
-        On every rank, when the loss is not a finite number, and for a checkpoint that cannot be written or used.
+        On every rank, if the loss is not finite, or a checkpoint cannot be written or loaded.
     Interrupted
-        On every rank, after a checkpoint, when one of them was asked to end.
+        On every rank, after a checkpoint, if a signal stops any of them.
     """
     recipe = run.recipe
     model = run.model
@@ -161,8 +160,8 @@ def train(
                     checkpoints.save(step + 1, state, {"outcome": asdict(outcome), "monitor": watched})
                 if ends:
                     raise Interrupted(
-                        f"{label} was asked to end and did, after step {step + 1} of {outcome.planned_steps}; "
-                        f"resume=auto goes on from {checkpoints.folder}"
+                        f"{label} was stopped by a signal after step {step + 1} of {outcome.planned_steps}; checkpoint "
+                        f"saved in {checkpoints.folder}, resume with resume=auto"
                     )
                 if last:
                     break
@@ -227,7 +226,7 @@ def _resume(
             setattr(outcome, name, value)
         if monitor is not None:
             monitor.load_state_dict(saved["monitor"])
-        logger.info(f"{stage.label} goes on after step {outcome.steps} of {outcome.planned_steps}")
+        logger.info(f"resuming {stage.label} after step {outcome.steps} of {outcome.planned_steps}")
         run.results.setdefault("resumed", []).append(
             {
                 "stage": stage,

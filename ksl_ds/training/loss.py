@@ -1,7 +1,7 @@
 """The negative log-likelihood of responses, in training and on held-out text.
 
 Sums over tokens, never means of means: a batch's loss is the sum over its response tokens divided by their number in the
-*global* batch, so that it does not depend on how the pairs are spread over ranks and accumulation steps.
+*global* batch, so it does not depend on how pairs are divided over ranks and accumulation steps.
 
 Legend: B pairs, L positions, N response tokens, V vocabulary.
 """
@@ -57,7 +57,21 @@ def can_keep_logits(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def corpus_loss(model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int) -> float:
-    """Mean negative log-likelihood of a response token over `examples`, spread over the ranks, `size` pairs at once."""
+    """Mean negative log-likelihood per response token of `examples`. Collective; the same on every rank.
+
+    Parameters
+    ----------
+    model
+        What runs the forward pass: the module, or the DeepSpeed engine around it.
+    module
+        The module itself, which is set to eval mode for the call.
+    examples
+        Tokenized pairs, divided over the ranks.
+    pad_id
+        Token id that pads shorter pairs.
+    size
+        Pairs per rank and forward pass.
+    """
     keeps_logits = can_keep_logits(module)
     total = torch.zeros((), dtype=torch.float64, device=distributed.device())
     was_training = module.training

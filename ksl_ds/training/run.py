@@ -1,8 +1,7 @@
-"""A run: what was asked for, on which text and model, where it is written, and what of it is done already.
+"""A run: its recipe, text, model and folder, and its results so far.
 
-Everything that a user can get wrong is checked before the run folder exists, on every rank at once. With resume=auto an
-existing folder is gone on with: the recipe, the text and what inputs.json records must be the same, and stages in its
-results.json are done.
+All inputs are checked before the run folder is created, on every rank at once. resume=auto resumes an existing folder: the
+recipe, the text and what inputs.json records must be unchanged, and stages in its results.json are skipped.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     distributed.run_on_rank0(lambda: check_inputs(run_dir, recipe, inputs))
     with distributed.raise_on_all_ranks():
         tokenizer = folder.tokenizer()
-        _ = folder.end_ids  # a mistake in generation_config.json is known before the model is loaded
+        _ = folder.end_ids  # checks generation_config.json before the model is loaded
         prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
         names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
         corpora = {name: load_corpus(recipe.text, name, recipe.text_seed) for name in names}  # type: ignore[arg-type]
@@ -132,8 +131,8 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
             text[name] = {"pairs": len(corpus.pairs), "dropped": corpus.dropped, "sha256": corpus_sha256(corpus)}
             if before and before["text"].get(name, text[name])["sha256"] != text[name]["sha256"]:
                 raise UserError(
-                    f"{corpus.name} has changed since the run in {run_dir} began, so it cannot be gone on with; bring the "
-                    "text back or choose another run_dir"
+                    f"{corpus.name} has changed since the run in {run_dir} started, so it cannot be resumed; restore the text "
+                    "or choose another run_dir"
                 )
         check_positions(examples, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
     for corpus in corpora.values():
@@ -143,7 +142,7 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     inputs["weights"] = weight_digests(model)
     prompts = [example.prompt_ids for example in examples["test"]]
     with run_lock(run_dir):
-        # Once more, as another process may have gone on with the run while this one loaded the model.
+        # Again, since another process may have resumed the run while this one loaded the model.
         before = distributed.run_on_rank0(lambda: previous_results(run_dir, recipe))
         results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
         results |= (before or {}) | {"environment": hardware_and_versions()}
@@ -161,45 +160,45 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
 
 
 def virtual_tokens(recipe: Recipe) -> int:
-    """Positions before every prompt that prefix tuning takes."""
+    """Positions that prefix tuning adds before every prompt."""
     return recipe.prefix.num_virtual_tokens if recipe.method == "prefix" else 0
 
 
 def previous_results(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """What the run in `run_dir` has found so far, where it is to be gone on with; None for a new run.
+    """The results of the run in `run_dir` if it is resumed; None for a new run.
 
     Raises
     ------
     UserError
-        Where `run_dir` holds anything and `recipe` asks for a new run, or something else than a run of this recipe.
+        If `run_dir` is not empty and the recipe does not resume, or it holds anything but a run of this recipe.
     """
-    # Hidden names are the lock, and drafts of a run that was cut off as it began.
+    # Hidden names are the lock, and temporary files of a run that was killed at its start.
     if not run_dir.exists() or (run_dir.is_dir() and all(path.name.startswith(".") for path in run_dir.iterdir())):
         return None
     if not run_dir.is_dir():
         raise UserError(f"run_dir {run_dir} is a file, not a folder; choose another run_dir")
     if recipe.resume == "never":
         raise UserError(
-            f"run_dir {run_dir} already holds a run; choose another run_dir, move it away, or go on with it by resume=auto"
+            f"run_dir {run_dir} already holds a run; choose another run_dir, move it away, or resume it with resume=auto"
         )
     if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"run_dir {run_dir} holds no run (it has no recipe.yaml); choose another run_dir")
+        raise UserError(f"run_dir {run_dir} does not hold a run (no recipe.yaml); choose another run_dir")
     try:
         recorded = load_recipe(Recipe, str(run_dir / "recipe.yaml"), [])
     except UserError as error:
         raise UserError(f"{run_dir / 'recipe.yaml'}, the recipe of the run there: {error}") from None
     for name, (old, new) in differing_keys(recorded, recipe).items():
         raise UserError(
-            f"the run in {run_dir} was begun with {name}={old}, and now it is {new}; resume=auto goes on with the same "
-            f"recipe only, which {run_dir / 'recipe.yaml'} holds"
+            f"the run in {run_dir} was started with {name}={old}, and now it is {new}; resume=auto needs the same recipe, "
+            f"which is in {run_dir / 'recipe.yaml'}"
         )
-    read_metrics(run_dir)  # which the run's last step reads again, for its report
+    read_metrics(run_dir)  # the report at the end needs it
     return read_results(run_dir)
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes that take it out, for as long as this one lives. Raises UserError."""
+    """Creates run_dir and holds an exclusive lock on it for the block. Raises UserError."""
     lock: Any = None
     with distributed.raise_on_all_ranks():
         if distributed.is_rank0():
@@ -212,7 +211,9 @@ def run_lock(folder: Path) -> Iterator[None]:
             except OSError as error:
                 if lock is None or error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                     raise UserError(f"run_dir {folder} cannot be written: {error.strerror}") from None
-                logger.warning(f"{folder} cannot be locked ({error.strerror}); see that no other run writes there")
+                logger.warning(
+                    f"{folder} cannot be locked ({error.strerror}); make sure that no other run writes there"
+                )
     try:
         yield
     finally:
@@ -221,7 +222,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _begin(run_dir: Path, recipe: Recipe, inputs: dict[str, Any], stages: Iterable[str]) -> None:
-    """What the folder needs, and no checkpoints within trainings that are over, should the last process have died there."""
+    """Writes recipe.yaml and inputs.json, and deletes checkpoints of complete stages that a killed process left."""
     resumes = (run_dir / "recipe.yaml").exists()
     if not resumes:
         save_recipe(recipe, run_dir / "recipe.yaml")
@@ -231,7 +232,7 @@ def _begin(run_dir: Path, recipe: Recipe, inputs: dict[str, Any], stages: Iterab
 
 
 def corpus_sha256(corpus: Corpus) -> str:
-    """Of the pairs in their order: the same when a run that is gone on with sees the same text."""
+    """SHA-256 of the pairs in their order, which must not change on resume."""
     digest = hashlib.sha256()
     for pair in corpus.pairs:
         digest.update(f"{pair.source}\t{pair.target}\n".encode("utf-8", "surrogatepass"))

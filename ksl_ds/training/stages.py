@@ -1,7 +1,7 @@
 """The stages of the method, each one training run on an open run. `lottery` chains them, `tune` runs one.
 
-A stage is done when results.json has it, and what it leaves in files is then complete; a run that is gone on with takes it
-from there. A stage cut off before that is trained from its last checkpoint and leaves its files anew.
+A stage is complete when results.json has it; its files are then complete too, and a resumed run skips it. A stage that was
+interrupted before continues from its last checkpoint and writes its files again.
 
 Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 """

@@ -1,4 +1,4 @@
-"""Run by test_resume.py on several ranks: a training that was asked to end goes on with the losses it would have had.
+"""Run by test_resume.py on several ranks: a stopped training run resumes with the losses of an uninterrupted one.
 
 SIGTERM reaches one rank in the midst of a step; every method, with weight decay, accumulation and dropout.
 """
@@ -96,7 +96,7 @@ train("rows parts", *ROWS, "resume=auto")
 after = json.loads(Path("rows parts", "results.json").read_text())
 assert after["stages"] == json.loads(before)["stages"]
 
-# What resume=auto cannot go on with, in a sentence on every rank.
+# What resume=auto cannot resume, in a sentence on every rank.
 MISTAKES = {
     ("run_dir=rows parts",): ["already holds a run", "resume=auto"],
     ("run_dir=rows parts", "resume=auto", "training.max_grad_norm=2"): ["training.max_grad_norm=1.0", "2.0"],

@@ -1,4 +1,4 @@
-"""`compare` as a job of the deepspeed launcher on a tiny model: stopped, gone on with, with an entry that fails."""
+"""`compare` as a job of the deepspeed launcher on a tiny model: stopped, resumed, with an entry that fails."""
 
 from __future__ import annotations
 

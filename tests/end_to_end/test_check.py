@@ -137,7 +137,7 @@ def test_what_resume_would_fail_on_is_named(job, capsys):
     record_inputs(job / "run", found, resumes=False)
     shown = lines(capsys, *words)
     assert failed(shown) == [] and any(
-        line.startswith("ok       resume     run goes on, untuned done") for line in shown
+        line.startswith("ok       resume     run can be resumed, untuned complete") for line in shown
     )
 
     def fails(said: str, *more: str) -> None:
@@ -179,7 +179,7 @@ def test_under_the_launcher(job):
     """Two ranks; a bad recipe ends with a code that is not 0, one line of reason and no traceback."""
     done = launch(2, "--module", "ksl_ds", "check", "recipe.yaml", "num_ranks=3", "text.test=nowhere.jsonl", cwd=job)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "2 answer" in done.stdout and "num_ranks=3" in done.stdout and "nowhere.jsonl" in done.stdout
+    assert "2 respond" in done.stdout and "num_ranks=3" in done.stdout and "nowhere.jsonl" in done.stdout
     assert done.stderr.count("ksl-ds: 2 checks failed") == 1
 
 

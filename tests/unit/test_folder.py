@@ -415,7 +415,7 @@ def test_adapters_are_no_models(tmp_path):
     with pytest.raises(UserError, match=r"holds adapter_config\.json beside a model"):
         open_model(path)
     (path / "config.json").unlink()
-    with pytest.raises(UserError, match="is an adapter, not a model: give the model that it was trained on"):
+    with pytest.raises(UserError, match="is an adapter, not a model: give its base model"):
         open_model(path)
 
 

@@ -130,7 +130,7 @@ def test_a_template_without_source(template):
 
 def test_a_name_that_nothing_fills_in():
     with pytest.raises(
-        UserError, match="contains {target}, which nothing fills in; it may contain {source}, {source_lang"
+        UserError, match="contains {target}, which is not a placeholder; it may contain {source}, {source_lang"
     ):
         prompt_of("{source} => {target}")
 
@@ -140,7 +140,7 @@ def test_chat_without_chat_template_and_a_tokenizer_without_end():
         prompt_of("chat")
     endless = byte_level()
     endless.eos_token = None
-    with pytest.raises(UserError, match="no end token"):
+    with pytest.raises(UserError, match="no end-of-sequence token"):
         prompt_of("plain", endless)
     for not_there in ("", "<|stop|>"):
         tokenizer = AddedlessEnd(not_there)

@@ -84,7 +84,7 @@ def test_pickled_ticket_is_refused_and_not_run(folder, tmp_path, name):
     (folder / name).write_bytes(pickle.dumps(Malicious(marker)))
     if name not in FILES:
         (folder / f"{Path(name).stem}.safetensors").unlink()
-    with pytest.raises(ValueError, match="pickles are never loaded" if name not in FILES else name):
+    with pytest.raises(ValueError, match="is a pickle, which ksl_ds never loads" if name not in FILES else name):
         Ticket.load(folder)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Malicious(marker)))
@@ -112,7 +112,7 @@ def test_pickled_ticket_is_refused_and_not_run(folder, tmp_path, name):
         ({"num_samples": 31}, "requires"),
         ({"vocab_size": 135}, "requires"),
         ({"base": {"dtype": "float16", "sha256": ""}}, "requires"),
-        ({"base": {"dtype": "bfloat16", "sha256": ""}}, "not the rows"),
+        ({"base": {"dtype": "bfloat16", "sha256": ""}}, "do not match the fingerprint"),
         ({"modules": ["lm_head"]}, "adapter_model.safetensors holds"),
         ({"format_version": 2}, "ticket format"),
     ],

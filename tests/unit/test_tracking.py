@@ -287,7 +287,7 @@ def test_a_run_goes_on_when_wandb_cannot_start(run_dir, capsys, monkeypatch):
     os.environ["WANDB_API_KEY"] = KEY
     monkeypatch.setattr(wandb, "init", fail)
     assert survives(run_dir, capsys) == (
-        "warning: no wandb (broken by ***); the run goes on, metrics.jsonl has every number"
+        "warning: no wandb (broken by ***); the run continues, metrics.jsonl has all numbers"
     )
 
 

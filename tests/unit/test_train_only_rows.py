@@ -400,7 +400,7 @@ def test_parallel_wrappers(one_rank):
 
     model = random_model("llama", ROWS, tied=False)
     model.get_input_embeddings().weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen when DistributedDataParallel was made"):
+    with pytest.raises(ValueError, match="frozen when DistributedDataParallel was created"):
         train_only_rows(nn.parallel.DistributedDataParallel(model), CHOSEN)
 
     sharded = fully_shard(embedding(), mesh=one_rank)
