@@ -102,10 +102,16 @@ def test_a_wrong_p_value_is_caught(wrong):
     assert family(wrong) > LIMIT
 
 
-def test_a_capital_that_is_summed_and_not_averaged_over_bets_is_caught():
-    loss_RN = token_shares(0.1, 60, 12, 0.3, seed=3)
-    assert (betting_pvalue(loss_RN, 0.1) <= DELTA).mean() <= LIMIT
-    assert (betting_pvalue(loss_RN, 0.1) / risk.NUM_BETS <= DELTA).mean() > LIMIT
+def test_counting_the_tokens_of_a_sentence_as_independent_is_caught():
+    """The exact binomial over tokens holds without correlation, and only then; over sentences betting holds with it."""
+    n, tokens = 60, 12
+    rates = {}
+    for correlation in (0, 0.3):
+        loss_RN = token_shares(0.1, n, tokens, correlation, seed=3)
+        differing_R = np.rint(loss_RN.sum(-1) * tokens)
+        rates[correlation] = (stats.binom.cdf(differing_R, n * tokens, 0.1) <= DELTA).mean()
+        assert (betting_pvalue(loss_RN, 0.1) <= DELTA).mean() <= LIMIT
+    assert rates[0] <= LIMIT < 2 * LIMIT < rates[0.3]
 
 
 @pytest.mark.parametrize("mean", [0.02, 0.1, 0.2])
