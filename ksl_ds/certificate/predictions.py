@@ -16,22 +16,31 @@ from torch import nn
 
 from ksl_ds import distributed
 from ksl_ds.certificate.criterion import Predictions
-from ksl_ds.text.batches import collate_training, rank_micro_batches
+from ksl_ds.text.packing import Packing
 from ksl_ds.text.prompt import Example
 from ksl_ds.training.evaluation import evaluation_model
 from ksl_ds.training.loss import can_keep_logits, response_logits
+from ksl_ds.training.packing import packing_of
 from ksl_ds.training.run import RunContext
 
 
 def predict_test_text(run: RunContext, label: str) -> Predictions:
     """The predictions of the run's model as it stands on the test text, in its order, the same on every rank."""
     with evaluation_model(run) as (module, _):
-        return predict(module, run.model, run.examples["test"], run.pad_id, run.recipe.evaluation.batch_size, label)
+        packing = packing_of(run, module)
+        size = run.recipe.evaluation.batch_size
+        return predict(module, run.model, run.examples["test"], run.pad_id, size, label, packing)
 
 
 @torch.no_grad()
 def predict(
-    model: Callable[..., Any], module: nn.Module, examples: list[Example], pad_id: int, size: int, label: str
+    model: Callable[..., Any],
+    module: nn.Module,
+    examples: list[Example],
+    pad_id: int,
+    size: int,
+    label: str,
+    packing: Packing,
 ) -> Predictions:
     """Predictions at the response tokens of `examples`, end token included, `size` pairs of a rank at once."""
     keeps_logits = can_keep_logits(module)
@@ -39,11 +48,13 @@ def predict(
     module.eval()
     found = {}
     # As many batches on every rank, some perhaps empty: the forward pass of a partitioned model is a collective.
-    batches = rank_micro_batches(examples, range(len(examples)), distributed.rank(), distributed.world_size(), size)
+    batches, packed = packing.micro_batches(
+        examples, range(len(examples)), distributed.rank(), distributed.world_size(), size
+    )
     with distributed.progress(batches, label) as bar:
         for indices in bar:
             batch = [examples[index] for index in indices]
-            logits_NV, _ = response_logits(model, collate_training(batch, pad_id), keeps_logits)
+            logits_NV, _ = response_logits(model, packing.collate(batch, pad_id, packed=packed), keeps_logits)
             highest = logits_NV.topk(2, dim=1)
             probability_N2 = (highest.values - logits_NV.logsumexp(dim=1, keepdim=True)).exp().cpu()
             top_N = highest.indices[:, 0].cpu()

@@ -129,6 +129,11 @@ class Training:
     batch_size: BatchSize = key(128, "pairs in a global batch, over all ranks and gradient accumulation steps")
     micro_batch_size: BatchSize = key(8, "pairs per rank and forward pass; sets the gradient accumulation steps")
     precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "of weights and gradients; master weights are fp32")
+    packing: Literal["auto", "prefix", "sequences", "off"] = key(
+        "auto",
+        "prefix: pairs in one row, their prompts' shared beginning computed once; sequences: in one row, nothing shared; off: "
+        "padding; auto: the first that the model computes exactly, where it is faster",
+    )
     max_grad_norm: NotNegative = key(1.0, "gradients are clipped to this norm; 0: no clipping")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
     log_every: Count = key(1, "write metrics.jsonl every so many steps")

@@ -18,6 +18,7 @@ from ksl_ds.text.scores import Scores, score, write_translations
 from ksl_ds.text.translate import translate
 from ksl_ds.training.loop import TrainingStats
 from ksl_ds.training.loss import corpus_loss
+from ksl_ds.training.packing import packing_of
 from ksl_ds.training.run import RunContext
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def evaluate_stage(
     started = time.perf_counter()
     label = stage.label
     with evaluation_model(run) as (module, partitioned):
-        loss = corpus_loss(module, run.model, run.examples["test"], run.pad_id, evaluation.batch_size)
+        packing = packing_of(run, module)
+        loss = corpus_loss(module, run.model, run.examples["test"], run.pad_id, evaluation.batch_size, packing)
         translations = translate(
             module, run.tokenizer, run.prompts, evaluation, partitioned=partitioned, label=f"translating, {label}"
         )

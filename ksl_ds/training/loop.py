@@ -27,8 +27,10 @@ from ksl_ds.sharding.checkpoint import Checkpoints, TrainingState
 from ksl_ds.sharding.draw import DrawMonitor
 from ksl_ds.sharding.engine import adamw, training_engine
 from ksl_ds.sharding.states import EngineState, MatrixState, optimizer_tensors
-from ksl_ds.text.batches import BatchOrder, collate_training, rank_micro_batches, response_tokens
+from ksl_ds.text.batches import BatchOrder, response_tokens
+from ksl_ds.text.packing import Packing
 from ksl_ds.training.loss import can_keep_logits, corpus_loss, response_nll
+from ksl_ds.training.packing import packing_of
 from ksl_ds.training.run import RunContext
 
 logger = logging.getLogger(__name__)
@@ -114,6 +116,7 @@ def train(
         state: TrainingState = EngineState(engine)
         if ticket_rows is not None:
             state = MatrixState(engine, ticket_rows.delta_KD, ticket_rows.ids_K)
+        packing = packing_of(run, engine)  # before a checkpoint is loaded, so that a resumed run decides alike
         saves = recipe.checkpoint.every is not None or recipe.resume == "auto"
         if recipe.resume == "auto":
             _resume(run, stage, checkpoints, state, outcome, monitor)
@@ -125,7 +128,7 @@ def train(
                 step_started = time.perf_counter()
                 learning_rate = scheduler.get_last_lr()[0]
                 indices = order.batch(step)
-                loss, ends = train_step(engine, run, indices, signals)
+                loss, ends = train_step(engine, run, indices, signals, packing)
                 if not math.isfinite(loss):
                     raise UserError(
                         f"{stage}: the loss of step {step + 1} is {loss}; lower its learning_rate "
@@ -138,7 +141,7 @@ def train(
                 seconds = time.perf_counter() - step_started
                 numbers, outcome.settled = monitor(step + 1) if monitor is not None else ({}, False)
                 last = outcome.settled or step + 1 == outcome.planned_steps
-                numbers |= _validate(run, engine, outcome, last)
+                numbers |= _validate(run, engine, outcome, last, packing)
                 if (step + 1) % training.log_every == 0 or numbers or last:
                     norm = engine.get_global_grad_norm()
                     tracker.log(
@@ -173,7 +176,9 @@ def train(
     return outcome, result
 
 
-def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[int]) -> tuple[float, bool]:
+def train_step(
+    engine: Any, run: RunContext, indices: list[int], signals: list[int], packing: Packing
+) -> tuple[float, bool]:
     """One optimizer step on the global batch of the training examples `indices`.
 
     Returns the batch's mean loss of a response token, and whether any rank has received one of `signals` by its end; the
@@ -185,12 +190,12 @@ def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[i
     keeps_logits = can_keep_logits(run.model)
     num_tokens = response_tokens([examples[index] for index in indices])
     size = run.recipe.training.micro_batch_size
-    micro_batches = rank_micro_batches(examples, indices, distributed.rank(), world_size, size)
+    micro_batches, packed = packing.micro_batches(examples, indices, distributed.rank(), world_size, size)
     # The engine counts micro-batches itself; a short last batch is filled up with empty ones.
     micro_batches += [[]] * (engine.gradient_accumulation_steps() - len(micro_batches))
     sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
     for micro_batch in micro_batches:
-        batch = collate_training([examples[index] for index in micro_batch], run.pad_id)
+        batch = packing.collate([examples[index] for index in micro_batch], run.pad_id, packed=packed)
         loss = response_nll(engine, batch, keeps_logits)
         sums[0] += loss.detach().double()
         # DeepSpeed averages over ranks and accumulation steps; this makes it a mean over the global batch.
@@ -201,13 +206,13 @@ def train_step(engine: Any, run: RunContext, indices: list[int], signals: list[i
     return nll / num_tokens, ends > 0
 
 
-def _validate(run: RunContext, engine: Any, outcome: TrainingStats, last: bool) -> dict[str, Any]:
+def _validate(run: RunContext, engine: Any, outcome: TrainingStats, last: bool, packing: Packing) -> dict[str, Any]:
     """The validation loss where it is due, for the log and the outcome."""
     training = run.recipe.training
     valid = run.examples.get("valid", [])
     if not valid or not (last or (training.eval_every and outcome.steps % training.eval_every == 0)):
         return {}
-    outcome.valid_loss = corpus_loss(engine, run.model, valid, run.pad_id, training.micro_batch_size)
+    outcome.valid_loss = corpus_loss(engine, run.model, valid, run.pad_id, training.micro_batch_size, packing)
     return {"valid_loss": outcome.valid_loss}
 
 

@@ -33,6 +33,7 @@ from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.text.batches import check_positions, encode_corpus
 from ksl_ds.text.corpus import Corpus, load_corpus
+from ksl_ds.text.packing import Packing
 from ksl_ds.text.prompt import Example, Prompt
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of, record_inputs
@@ -57,6 +58,9 @@ class RunContext:
     prompts: list[list[int]]  # of the test text
     results: dict[str, Any] = field(default_factory=dict)
     adapter: Any = None  # PEFT's config, for the methods lora and prefix
+    proved: tuple[Any, Packing] | None = (
+        None  # a model, and how its micro-batches are laid out: see training/packing.py
+    )
 
     @property
     def dir(self) -> Path:
