@@ -67,7 +67,8 @@ class Packing:
 
     def _cost(self, shapes: list[list[tuple[int, int]]]) -> int:
         """Time of a batch in multiplications, given rows and lengths of each rank's micro-batches."""
-        # Ranks wait for the slowest. A decoder layer has about 12 D^2 weights, and attention multiplies 2 D times for a query and a key.
+        # In units of 2 D: a decoder layer has about 12 D^2 weights, and attention multiplies 2 D times for a query and a key.
+        # Ranks wait for the slowest.
         costs = [
             [rows * length * (6 * self.width + ATTENTION_COST * length) for rows, length in mine] for mine in shapes
         ]

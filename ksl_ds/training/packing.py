@@ -38,6 +38,7 @@ def packing_of(run: RunContext, forward: Callable[..., Any]) -> Packing:
 
     Parameters
     ----------
+    run : its model, texts and recipe
     forward : the model as it is called now: itself or the engine around it. Collective
 
     Raises
