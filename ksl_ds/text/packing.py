@@ -34,10 +34,14 @@ class Packing:
 
     Parameters
     ----------
-    layout : prefix (pairs share the beginning of their prompts), sequences (pairs in one row, nothing shared), off (padding)
-    width : of the model's hidden states; 0 packs whatever it costs
-    longest : positions of the longest row that is known to be exact; batches with a longer one are padded
-    dtype : of the model's weights, hence of a mask that is added to attention scores
+    layout
+        prefix (pairs share the beginning of their prompts), sequences (pairs in one row, nothing shared) or off (padding).
+    width
+        Of the model's hidden states; 0 packs whatever it costs.
+    longest
+        Positions of the longest row that is known to be exact; batches with a longer one are padded.
+    dtype
+        Of the model's weights, hence of a mask that is added to attention scores.
     """
 
     layout: Layout = "off"
@@ -49,40 +53,36 @@ class Packing:
         self, examples: list[Example], indices: Iterable[int], rank: int, world_size: int, size: int
     ) -> tuple[list[list[int]], bool]:
         """One rank's micro-batches of the global batch `indices`, and whether all ranks' are packed."""
-        chosen = list(indices)
+        chosen = sorted(indices, key=lambda index: -len(examples[index]))
         if self.layout != "off":
-            packed = [balanced_micro_batches(examples, chosen, other, world_size, size) for other in range(world_size)]
-            padded = [rank_micro_batches(examples, chosen, other, world_size, size) for other in range(world_size)]
-            rows = [[self._row(examples, indices) for indices in mine] for mine in packed]
-            if max(map(max, rows)) <= self.longest and (
-                not self.width
-                or self._cost([[(1, row) for row in mine] for mine in rows])
-                < self._cost([[_padded_shape(examples, indices) for indices in mine] for mine in padded])
-            ):
-                return packed[rank], True
+            bins = balanced_bins(examples, chosen, world_size, size)
+            rows = [self._row(examples, some) for some in bins]
+            together = world_size * size
+            # Ranks wait for the slowest: the largest row, or the most and longest pairs, of those computed at the same time.
+            slowest = [max(rows[start : start + world_size]) for start in range(0, len(rows), world_size)]
+            padded = [len(examples[index]) for index in chosen[::together]]
+            pairs = [min(size, -(-(len(chosen) - start) // world_size)) for start in range(0, len(chosen), together)]
+            cheaper = not self.width or self._cost(slowest, [1] * len(slowest)) < self._cost(padded, pairs)
+            if max(rows) <= self.longest and cheaper:
+                return bins[rank::world_size], True
         return rank_micro_batches(examples, chosen, rank, world_size, size), False
 
     def _row(self, examples: list[Example], indices: list[int]) -> int:
         return packed_positions([examples[index] for index in indices], shares_prompt=self.layout == "prefix")
 
-    def _cost(self, shapes: list[list[tuple[int, int]]]) -> int:
-        """Time of a batch in multiplications, given rows and lengths of each rank's micro-batches."""
-        # In units of 2 D: a decoder layer has about 12 D^2 weights, and attention multiplies 2 D times for a query and a key.
-        # Ranks wait for the slowest.
-        costs = [
-            [rows * length * (6 * self.width + ATTENTION_COST * length) for rows, length in mine] for mine in shapes
-        ]
-        return sum(map(max, zip(*costs, strict=True)))
+    def _cost(self, lengths: list[int], rows: list[int]) -> int:
+        """Time of consecutive micro-batches, given their lengths and numbers of rows, in multiplications by 2 D."""
+        # A decoder layer has about 12 D^2 weights, and attention multiplies 2 D times for a query and a key.
+        return sum(
+            count * length * (6 * self.width + ATTENTION_COST * length)
+            for length, count in zip(lengths, rows, strict=True)
+        )
 
     def collate(self, examples: list[Example], pad_id: int, *, packed: bool) -> dict[str, Tensor]:
         """The tensors of a micro-batch; one without examples is always padded."""
         if not packed or not examples:
             return collate_training(examples, pad_id)
         return collate_packed(examples, self.dtype, shares_prompt=self.layout == "prefix")
-
-
-def _padded_shape(examples: list[Example], indices: list[int]) -> tuple[int, int]:
-    return len(indices), max((len(examples[index]) for index in indices), default=0)
 
 
 def shared_beginning(examples: Sequence[Example]) -> int:
@@ -98,16 +98,13 @@ def packed_positions(examples: Sequence[Example], *, shares_prompt: bool) -> int
     return sum(map(len, examples)) - saved
 
 
-def balanced_micro_batches(
-    examples: list[Example], indices: Iterable[int], rank: int, world_size: int, size: int
-) -> list[list[int]]:
-    """One rank's micro-batches of at most `size` pairs, as many as every other rank has, of about equal numbers of tokens.
+def balanced_bins(examples: list[Example], longest_first: Sequence[int], world_size: int, size: int) -> list[list[int]]:
+    """Micro-batches of at most `size` pairs and about equal numbers of tokens, as many for every rank.
 
-    In rounds of a pair for each, longest pairs first, the longest pair of a round goes to the micro-batch with the fewest
-    tokens. Those that ranks compute at the same time are the most alike, the largest first: what does not fit into memory
-    fails at once.
+    In rounds of a pair for each, the longest pair of a round goes to the micro-batch with the fewest tokens. The largest come
+    first: `world_size` in a row, which the ranks compute at the same time, are the most alike, and what does not fit into
+    memory fails at once.
     """
-    longest_first = sorted(indices, key=lambda index: -len(examples[index]))
     count = math.ceil(len(longest_first) / (world_size * size)) * world_size
     bins: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
@@ -117,7 +114,7 @@ def balanced_micro_batches(
             bins[number].append(index)
             tokens[number] += len(examples[index])
     bins.sort(key=lambda some: -sum(len(examples[index]) for index in some))
-    return bins[rank::world_size]
+    return bins
 
 
 def collate_packed(examples: list[Example], dtype: torch.dtype, *, shares_prompt: bool) -> dict[str, Tensor]:

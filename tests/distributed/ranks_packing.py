@@ -7,6 +7,7 @@ from tiny import make_model_folder
 
 from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe
+from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.log import messages_on_stderr
@@ -41,7 +42,7 @@ def tune(architecture: str, packing: str, *words: str) -> tuple[list[float], flo
         outcome, _ = train(
             run,
             list(run.model.parameters()),
-            stage="full_tuning",
+            stage=Stage.FULL_TUNING,
             tuning=recipe.full_tuning,
             at_end=lambda: None,
         )

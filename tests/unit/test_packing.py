@@ -16,7 +16,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.text.batches import collate_training, rank_micro_batches
 from ksl_ds.text.packing import (
     Packing,
-    balanced_micro_batches,
+    balanced_bins,
     collate_packed,
     packed_positions,
     shared_beginning,
@@ -82,27 +82,25 @@ def test_packing_shows_each_position_its_own_pair_and_no_other(examples, shares)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), ranks=st.integers(1, 5), size=st.integers(1, 9))
 def test_packing_balances_micro_batches(lengths, ranks, size):
     examples = [Example([1] * length, [2]) for length in lengths]
-    parts = [balanced_micro_batches(examples, range(len(lengths)), rank, ranks, size) for rank in range(ranks)]
-    assert sorted(index for part in parts for micro in part for index in micro) == list(range(len(lengths)))
-    assert len({len(part) for part in parts}) == 1, "every rank joins as many collectives"
-    assert len(parts[0]) == len(rank_micro_batches(examples, range(len(lengths)), 0, ranks, size))
-    assert all(len(micro) <= size for part in parts for micro in part)
-    tokens = [[sum(len(examples[index]) for index in micro) for micro in part] for part in parts]
-    in_order = [tokens[rank][number] for number in range(len(parts[0])) for rank in range(ranks)]
-    assert in_order == sorted(in_order, reverse=True)
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    bins = balanced_bins(examples, longest_first, ranks, size)
+    assert sorted(index for some in bins for index in some) == list(range(len(lengths)))
+    assert len(bins) == ranks * len(rank_micro_batches(examples, range(len(lengths)), 0, ranks, size))
+    assert all(len(some) <= size for some in bins)
+    tokens = [sum(len(examples[index]) for index in some) for some in bins]
+    assert tokens == sorted(tokens, reverse=True)
+    parts = [
+        Packing("sequences").micro_batches(examples, range(len(lengths)), rank, ranks, size) for rank in range(ranks)
+    ]
+    assert parts == [(bins[rank::ranks], True) for rank in range(ranks)]
 
 
 def test_packing_gives_ranks_the_same_work():
     generator = torch.Generator().manual_seed(0)
     examples = [Example([1] * int(length), [2]) for length in torch.randint(5, 60, (128,), generator=generator)]
-    shares = [
-        [
-            sum(len(examples[index]) for index in micro)
-            for micro in balanced_micro_batches(examples, range(128), rank, 4, 8)
-        ]
-        for rank in range(4)
-    ]
-    assert max(map(max, shares)) <= 1.03 * min(map(min, shares))
+    longest_first = sorted(range(128), key=lambda index: -len(examples[index]))
+    tokens = [sum(len(examples[index]) for index in some) for some in balanced_bins(examples, longest_first, 4, 8)]
+    assert max(tokens) <= 1.03 * min(tokens)
 
 
 def test_packing_is_chosen_where_it_computes_less():
