@@ -17,6 +17,8 @@ from ksl_ds.training.run import open_run
 
 EXACT = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox", "opt")
 PADDED = ("bloom", "mamba")
+# Dropout draws other numbers for another layout.
+SETTINGS = {"gemma2": {"head_dim": 8}, "qwen3": {"head_dim": 8}, "opt": {"dropout": 0.0}}
 
 distributed.initialize()
 set_library_verbosity(False)
@@ -26,8 +28,7 @@ def tune(architecture: str, packing: str, *words: str) -> tuple[list[float], flo
     """Losses of the steps, the validation loss, and the layout of three steps of full tuning."""
     folder = f"model-{architecture}"
     if distributed.is_rank0() and not Path(folder).exists():
-        sizes = {"head_dim": 8} if architecture in ("gemma2", "qwen3") else {}
-        make_model_folder(Path(folder), architecture, **sizes)
+        make_model_folder(Path(folder), architecture, **SETTINGS.get(architecture, {}))
     distributed.barrier()
     name = "-".join([architecture, packing, *(word.replace("/", "_") for word in words)])
     recipe = load_recipe(
