@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm_start import Warm
 
 REPOSITORY = Path(__file__).parent.parent
 # Ends what hangs, and nothing else: far more than anything takes on a slow and busy machine.
@@ -30,6 +31,9 @@ ENVIRONMENT = {
 }
 
 
+WARM = Warm()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -47,9 +51,12 @@ def launch(ranks: int, *words: object, cwd: Path, timeout: float = HANG_SECONDS,
 
 
 def run(*command: object, cwd: Path, timeout: float = HANG_SECONDS, **environment: str):
-    """Runs a command to its end in a process group of its own, so that nothing of it survives a timeout."""
+    """Runs a command to its end in a process group of its own, so that nothing of it survives a timeout.
+
+    `deepspeed` and `ksl-ds` start warm (warm_start.py).
+    """
     with subprocess.Popen(
-        [str(word) for word in command],
+        WARM.command([str(word) for word in command], ENVIRONMENT),
         cwd=cwd,
         env={**ENVIRONMENT, **environment},
         stdin=subprocess.DEVNULL,

@@ -11,7 +11,7 @@ from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe
 from ksl_ds.estimate.memory import rank_needs
-from ksl_ds.estimate.plan import plan_of
+from ksl_ds.estimate.plan import Estimated, plan_of
 from ksl_ds.model.adapters import adapter_config, with_adapter
 from ksl_ds.model.dry_run import LiveBytes
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
@@ -157,7 +157,10 @@ for number, (name, (section, precision, checkpointing, methods)) in enumerate(CA
     with open_run(recipe) as run:
         for method in methods:
             needs = rank_needs(
-                plan.method(method, checkpointing=checkpointing), training, plan.zero, distributed.world_size()
+                plan.method(Estimated(method), checkpointing=checkpointing),
+                training,
+                plan.zero,
+                distributed.world_size(),
             )
             report[f"{name}: {method}"] = (measure(run, method), needs)
 for name, (found, needs) in report.items():

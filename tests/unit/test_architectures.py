@@ -13,6 +13,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.estimate import plan as plans
 from ksl_ds.estimate import tables
 from ksl_ds.estimate.memory import MethodCost
+from ksl_ds.estimate.plan import Estimated
 from ksl_ds.model import dry_run
 from ksl_ds.model.adapters import ALL_LINEAR, adapter_config, with_adapter
 from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, step_bytes
@@ -46,7 +47,7 @@ def test_every_architecture_gets_an_estimate_or_a_sentence(monkeypatch):
             continue
         try:
             plan = plan_for(config)
-            method = plan.method("full", checkpointing=False)
+            method = plan.method(Estimated.FULL, checkpointing=False)
         except UserError as error:
             assert str(error).startswith("no causal language model"), (model_type, error)
             continue
@@ -79,17 +80,17 @@ def test_an_unknown_number_is_named_and_the_others_are_there(monkeypatch):
 def test_a_dry_run_ends_at_its_deadline_and_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(dry_run, "MAX_SECONDS", -1)
     plan = plan_for(shallow("llama"))
-    method = plan.method("embed", checkpointing=False)
+    method = plan.method(Estimated.EMBED, checkpointing=False)
     assert method.working is None and "takes more than" in method.unknown and plan.too_slow == method.unknown
     monkeypatch.setattr(plans, "step_bytes", lambda *args, **kwargs: pytest.fail("tried again"))
-    assert plan.method("full", checkpointing=False).unknown == method.unknown
+    assert plan.method(Estimated.FULL, checkpointing=False).unknown == method.unknown
     with pytest.raises(TooSlow):
         step_bytes(plan.meta_model(), 1, 8, 4, checkpointing=False)
 
 
 def test_architectures_with_attention_of_their_own_are_measured():
     for model_type in ("falcon", "gptj", "gpt_neo"):
-        method = plan_for(shallow(model_type)).method("embed", checkpointing=False)
+        method = plan_for(shallow(model_type)).method(Estimated.EMBED, checkpointing=False)
         assert isinstance(method, MethodCost) and method.working > 0, model_type
 
 
