@@ -36,7 +36,8 @@ PRELOADED = (
 )  # fmt: skip
 # Of the environment, what libraries read when they are imported: a program with other values starts cold.
 READ_AT_IMPORT = ("DS_", "HF_", "TRANSFORMERS_", "TORCH", "CUDA", "OMP_", "MKL_", "PYTHON", "LD_", "XDG_")
-MAY_DIFFER = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")  # the latter is set for ranks, and there is no GPU to see
+# PYTHON is of launch/*.sh; CUDA_VISIBLE_DEVICES is set for ranks, and there is no GPU to see.
+MAY_DIFFER = ("PYTHON", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
 # argv of the client: the socket, then the arguments of python. Isolated and without site: it starts in 15 ms.
 CLIENT = """#!{python} -SE
 import array, json, os, signal, socket, sys

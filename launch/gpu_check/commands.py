@@ -1,9 +1,8 @@
-"""Parts that start commands as users do, under the deepspeed launcher: resume, generation, adapters, throughput."""
+"""Parts that start commands as users do: resume, generation, adapters, throughput."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from gpu_check.parts import REPOSITORY, Context, Figures, part
 
-STEPS = 6
+STEPS = 60  # of embed tuning: time to be stopped in
 RECIPE = {
     "seed": 3,
     "deepspeed": "zero3.json",
@@ -22,9 +21,8 @@ RECIPE = {
     "text": {"train": "pairs.jsonl", "test": "pairs.jsonl", "max_test_pairs": 6},
     "training": {"batch_size": 8, "micro_batch_size": 2, "log_every": 1},
     "embed_tuning": {"learning_rate": 1e-2, "max_steps": STEPS},
-    "partial_tuning": {"learning_rate": 1e-2, "max_steps": STEPS},
-    "lora": {"max_steps": STEPS},
-    "prefix": {"max_steps": STEPS},
+    "lora": {"max_steps": 4},
+    "prefix": {"max_steps": 4},
     "evaluation": {"batch_size": 4, "max_new_tokens": 8},
     "tracking": {"wandb": "off"},
 }
@@ -55,8 +53,9 @@ def launcher(context: Context) -> list[str]:
 
 
 def start(context: Context, *words: str) -> subprocess.Popen[str]:
+    """`ksl-ds WORDS...` in one process: signals reach it, and two starts of Python are saved. `ranks.py` uses the launcher."""
     return subprocess.Popen(
-        [*launcher(context), "--module", "ksl_ds", *words],
+        [sys.executable, "-m", "ksl_ds", *words],
         cwd=prepare(context),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -65,7 +64,7 @@ def start(context: Context, *words: str) -> subprocess.Popen[str]:
 
 
 def command(context: Context, *words: str) -> None:
-    """Runs `deepspeed --module ksl_ds WORDS...`; raises where it fails, with the end of its output."""
+    """Runs a command; raises where it fails, with the end of its output."""
     process = start(context, *words)
     output, _ = process.communicate()
     assert process.returncode == 0, f"{' '.join(words)} failed: {output[-1500:]}"
@@ -84,15 +83,6 @@ def whole_run(context: Context) -> Path:
     return folder / "whole"
 
 
-def tune_alone(context: Context, method: str) -> Figures:
-    """`ksl-ds tune method=METHOD` in one process without the launcher, which costs two more starts of Python."""
-    folder = prepare(context)
-    words = ["-m", "ksl_ds", "tune", "recipe.yaml", f"run_dir={method}", f"method={method}"]
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, f"tune method={method} failed: {done.stderr[-1500:]}"
-    return {"last loss": losses(folder / method)[-1]}
-
-
 @part("commands", seconds=100)
 def resume(context: Context) -> Figures:
     """A training run stopped by SIGTERM resumes with the losses of an uninterrupted one to the bit."""
@@ -100,14 +90,14 @@ def resume(context: Context) -> Figures:
     folder = prepare(context)
     # Generation with partitioned weights on the resumed run: the next part compares it.
     words = ("tune", "recipe.yaml", "run_dir=stopped", "method=embed", "resume=auto", "evaluation.gather_weights=false")
-    process = start(context, *words, "checkpoint.every=1")
+    process = start(context, *words)
     metrics = folder / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(losses(folder / "stopped")) >= 2):
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     process.communicate()
     steps_before = len(losses(folder / "stopped"))
-    command(context, *words, "checkpoint.every=1")
+    command(context, *words)
     found = losses(folder / "stopped")
     assert found == whole, f"losses differ: {found} instead of {whole}"
     return {"stopped after step": steps_before, "of": STEPS}
@@ -152,13 +142,15 @@ def peft_loads_the_ticket(context: Context) -> Figures:
 @part("commands", seconds=60)
 def lora(context: Context) -> Figures:
     """LoRA trains, is scored and saved."""
-    return tune_alone(context, "lora")
+    command(context, "tune", "recipe.yaml", "run_dir=lora", "method=lora")
+    return {"last loss": losses(prepare(context) / "lora")[-1]}
 
 
 @part("commands", seconds=60)
 def prefix(context: Context) -> Figures:
     """Prefix tuning trains, is scored and saved."""
-    return tune_alone(context, "prefix")
+    command(context, "tune", "recipe.yaml", "run_dir=prefix", "method=prefix")
+    return {"last loss": losses(prepare(context) / "prefix")[-1]}
 
 
 @part("commands", seconds=120, speed=True)

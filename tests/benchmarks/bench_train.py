@@ -199,7 +199,9 @@ def start_job(options: argparse.Namespace, side: str, folder: Path) -> dict[str,
     write_recipe(options, folder)
     passed = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if value is not None]
     command = [
-        "deepspeed",
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
         "--num_accelerators",
         str(options.ranks),
         "--master_port",

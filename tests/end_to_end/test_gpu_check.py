@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run
+from conftest import ENVIRONMENT, REPOSITORY, WARM, run
 
 sys.path.insert(0, str(REPOSITORY / "launch"))
 
@@ -24,14 +24,14 @@ def test_rehearsal_of_the_gpu_check(tmp_path):
     from gpu_check.parts import PARTS, load_parts
 
     load_parts()
-    done, parts = check(tmp_path, "--rehearse")
+    done, parts = check(tmp_path, "--rehearse", PYTHON=WARM.python(ENVIRONMENT))
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(parts) == list(PARTS)
     assert {part["status"] for part in parts.values()} == {"passed"}
     for name, part in parts.items():
         assert bool(part["figures"]) or not part["speed"], name
     assert parts["rows_fp16"]["figures"]["steps that overflowed"] > 0
-    assert 2 <= parts["resume"]["figures"]["stopped after step"] < 6
+    assert 2 <= parts["resume"]["figures"]["stopped after step"] < 60
     page = (tmp_path / "out" / "gpu_check.md").read_text()
     assert "A rehearsal on the CPU" in page
     assert all(f"| {name} | passed |" in page for name in PARTS)
