@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks and tests, as CI runs them: bash launch/test.sh [--fast] [pytest options]
-# --fast: linters and unit tests only.
+# --fast: linters and the unit tests that are not marked slow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh test
@@ -12,6 +12,6 @@ codespell
 shellcheck launch/*.sh launch/*.sbatch .ci/run
 if [ "${1:-}" = --fast ]; then
     shift
-    set -- tests/unit "$@"
+    set -- tests/unit -m "not slow" "$@"
 fi
 python -m pytest -q -n 2 --dist loadfile "$@" # two files at a time: tests wait for processes more than they compute

@@ -79,6 +79,12 @@ def succeeds(process: subprocess.CompletedProcess) -> subprocess.CompletedProces
     return process
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "distributed":
+            item.add_marker(pytest.mark.distributed)
+
+
 @pytest.fixture
 def messages() -> Iterator[None]:
     """Messages and warnings go to stderr, as they do under the command line."""

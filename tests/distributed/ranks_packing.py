@@ -1,4 +1,4 @@
-"""Run by test_packing.py on two ranks under ZeRO-3: the losses of packed training steps against those of padded ones."""
+"""Run by test_packing_ranks.py on two ranks under ZeRO-3: the losses of packed training steps against those of padded ones."""
 
 from pathlib import Path
 

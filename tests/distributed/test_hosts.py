@@ -135,7 +135,7 @@ def test_check_finds_a_run_folder_that_is_not_shared(hosts, job):
         launchers = hosts.start(job, 1, *words, own=own)
         codes = [launcher.wait(timeout=HANG_SECONDS) for launcher in launchers]
         (line,) = [line for line in (job / "out0").read_text().splitlines() if line[8:].startswith(" run_dir ")]
-        assert line.startswith(status) and ("must be on a file system that all share" in line) == (status == "failed")
+        assert line.startswith(status) and ("must be on a shared file system" in line) == (status == "failed")
         assert (codes[0] == 0) == (status == "ok"), said(job)
         assert list((job / "runs").iterdir()) == []
 

@@ -37,6 +37,7 @@ def plan_for(config: object, *words: str) -> plans.Plan:
     return plans.Plan(config.model_type, config, recipe, plans.Zero(stage=3), 4, 3)
 
 
+@pytest.mark.slow
 def test_every_architecture_gets_an_estimate_or_a_sentence(monkeypatch):
     monkeypatch.setattr(dry_run, "MAX_SECONDS", 0.1)
     built = []

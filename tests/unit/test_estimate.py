@@ -58,6 +58,7 @@ def test_a_folder_its_config_and_the_built_in_shape_of_it_agree(tmp_path):
     assert extra == untied.get_input_embeddings().weight.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nowhere/model/x", "llama-4-7000b"])
 def test_an_unknown_model_is_one_sentence(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -166,6 +167,7 @@ def test_deepspeeds_own_estimator_agrees_where_everything_trains_and_nowhere_els
     assert model_to_params(partitioned) == (0, 0)
 
 
+@pytest.mark.slow
 def test_the_command_as_typed(tmp_path):
     make_model_folder(tmp_path / "model", tied=True)
     words = ["estimate", "model", "gpus=4", "gpu_memory=2", "length=64", "network=100", "rows=3"]

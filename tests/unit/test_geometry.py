@@ -36,6 +36,7 @@ def test_every_element_reaches_its_owner(num_rows, row_length, num_ranks, paddin
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.slow
 @given(st.integers(1, 300_000), st.integers(1, 16_384), st.integers(1, 1024))
 @settings(deadline=None, max_examples=2000)
 def test_up_to_1024_ranks(num_rows, row_length, num_ranks):

@@ -159,6 +159,7 @@ def small_comparison(tmp_path: Path) -> Path:
     return home / "results.json"
 
 
+@pytest.mark.slow
 def test_results_of_a_comparison(small_comparison, monkeypatch):
     monkeypatch.setattr("ksl_ds.comparison.results.print_table", lambda table: None)
     monkeypatch.setattr("ksl_ds.comparison.results.print_text", lambda text: None)

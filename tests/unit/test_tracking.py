@@ -134,6 +134,7 @@ with messages_on_stderr(), Tracker(Path("run"), recipe) as tracker:
 """
 
 
+@pytest.mark.slow
 def test_offline_tracking_lies_in_the_run_folder_alone_and_holds_no_secret(tmp_path):
     for name in ("home", "tmp", "work", "work/run", "fonts"):
         (tmp_path / name).mkdir()
