@@ -1,8 +1,8 @@
 """KS tickets beside their controls and beside other methods: the same text, seeds, schedule and evaluation for all.
 
 Every entry with every seed is a run of its own (entries.py), by the same functions as `lottery` and `tune`. What is there
-already is not run again, so a stopped comparison goes on where it was, and entries can be added later. An entry that
-fails costs one sentence; the others go on. The price of so much independence is that the model is loaded for each.
+already is not run again, so a stopped comparison resumes, and entries can be added later. An entry that
+fails costs one sentence; the others still run. The price of so much independence is that the model is loaded for each.
 
 Legend: V tokens, D coordinates of a row, K chosen rows.
 """

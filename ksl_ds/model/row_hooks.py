@@ -254,7 +254,7 @@ def train_only_rows(
         Rows to train; repeated ids count once.
     base : floating Tensor (K, D), optional
         What weight decay pulls the rows towards, in ascending order of ids; their values at the first step by default. A
-        training that goes on from a checkpoint needs it.
+        training resumed from a checkpoint needs it.
 
     Returns
     -------

@@ -117,7 +117,7 @@ def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> str:
-    """Says so where at least half of a gain in BLEU is missing on the first line; empty otherwise."""
+    """A sentence if at least half of a gain in BLEU is missing on the first line; empty otherwise."""
     if not known(scores, untuned, "bleu", "first_line_bleu"):
         return ""
     raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))

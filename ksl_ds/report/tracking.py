@@ -79,7 +79,7 @@ class Tracker:
             self._wandb.log({f"{stage}/step": step, **values})
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops the lines of `stage` after `step`, and a torn last line: a run goes on from a checkpoint."""
+        """Drops the lines of `stage` after `step`, and a torn last line: the run resumes from a checkpoint."""
         if self._file is None:
             return
         with self._file_may_fail():
