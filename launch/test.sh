@@ -14,4 +14,4 @@ if [ "${1:-}" = --fast ]; then
     shift
     set -- tests/unit -m "not slow" "$@"
 fi
-python -m pytest -q -n 2 --dist loadfile "$@" # two files at a time: tests wait for processes more than they compute
+python -m pytest -q -n 3 --dist loadfile "$@" # three files at a time on two cores: tests wait for processes more than they compute
