@@ -45,6 +45,7 @@ def test_the_examples_in_docstrings_run():
     assert done.attempted >= 3 and done.failed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 5, 60, 300])
 @pytest.mark.parametrize("epsilon", [0.05, 0.2])
 @pytest.mark.parametrize(("tokens", "correlation"), [(1, 0), (12, 0), (12, 0.3), (12, 0.9)])
