@@ -31,7 +31,7 @@ RECIPE = {
 def prepare(context: Context) -> Path:
     """The folder that the commands run in, with a tiny model, text and a recipe."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
-    from tiny import make_model_folder, write_pairs
+    from helpers.tiny import make_model_folder, write_pairs
 
     folder = context.scratch / "commands"
     if not (folder / "recipe.yaml").exists():
@@ -215,7 +215,7 @@ def translation_throughput(context: Context) -> Figures:
     from ksl_ds.text.translate import translate
 
     sys.path.insert(0, str(REPOSITORY / "tests"))
-    from tiny import make_tokenizer
+    from helpers.tiny import make_tokenizer
 
     distributed.initialize()
     tokenizer = make_tokenizer()

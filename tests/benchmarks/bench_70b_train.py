@@ -94,8 +94,8 @@ def layer_seconds(tokens: int) -> float:
 def make_inputs(folder: Path, layers: int) -> None:
     """A model folder, a ticket drawn on it and text."""
     import torch
-    from tickets import shifted
-    from tiny import make_tokenizer, write_pairs
+    from helpers.tickets import shifted
+    from helpers.tiny import make_tokenizer, write_pairs
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ksl_ds import draw_ticket
@@ -116,7 +116,7 @@ def make_inputs(folder: Path, layers: int) -> None:
 
 
 def train(options: argparse.Namespace, folder: Path, layers: int) -> dict[str, float]:
-    from conftest import free_port
+    from helpers.processes import free_port
 
     micro_batch_size = -(-options.pairs // options.ranks)
     recipe = {

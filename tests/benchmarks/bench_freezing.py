@@ -32,7 +32,7 @@ from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
 from ksl_ds.sharding.rows import RowShard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import SHAPES
+from helpers.tiny import SHAPES
 
 VOCABULARY, TICKET = 503, [3, 5, 502]
 OTHERS_V = torch.ones(VOCABULARY, dtype=torch.bool)

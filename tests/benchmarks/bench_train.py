@@ -65,7 +65,7 @@ def main() -> None:
 
 def take_turns(options: argparse.Namespace, folder: Path) -> None:
     if options.model is None:
-        from tiny import make_model_folder
+        from helpers.tiny import make_model_folder
 
         sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
         options.model = str(make_model_folder(folder / "model", vocab_size=16_384, num_hidden_layers=6, **sizes))
@@ -193,7 +193,7 @@ def load(folder: Path) -> Any:
 
 
 def start_job(options: argparse.Namespace, side: str, folder: Path) -> dict[str, Any]:
-    from conftest import free_port
+    from helpers.processes import free_port
 
     folder.mkdir()
     write_recipe(options, folder)

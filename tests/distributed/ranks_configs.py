@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
+from helpers.processes import REPOSITORY
 
 from ksl_ds import distributed
 from ksl_ds.commands import tune

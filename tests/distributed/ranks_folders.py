@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import torch
+from helpers.tiny import make_model_folder
 from safetensors.torch import load_file, save_file
-from tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
 from ksl_ds import distributed

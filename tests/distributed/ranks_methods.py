@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tiny import make_model_folder
+from helpers.tiny import make_model_folder
 
 from ksl_ds import distributed
 from ksl_ds.commands import tune

@@ -5,7 +5,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
-from tiny import make_model_folder
+from helpers.tiny import make_model_folder
 
 from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe

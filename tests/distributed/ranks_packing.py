@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny import make_model_folder
+from helpers.tiny import make_model_folder
 
 from ksl_ds import distributed
 from ksl_ds.config.load import load_recipe

@@ -5,7 +5,7 @@ import unittest.mock
 
 import deepspeed
 import torch
-from tiny import SHAPES
+from helpers.tiny import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ksl_ds import distributed, train_only_rows

@@ -4,7 +4,7 @@ import itertools
 
 import deepspeed
 import torch
-from tiny import SHAPES, random_model
+from helpers.tiny import SHAPES, random_model
 
 from ksl_ds import distributed, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows

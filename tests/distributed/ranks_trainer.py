@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from tiny import make_tokenizer, random_model
+from helpers.tiny import make_tokenizer, random_model
 from transformers import Trainer, TrainingArguments
 
 from ksl_ds import distributed, train_only_rows

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, run, succeeds
-from html_requests import Page
+from helpers.html_requests import Page
+from helpers.processes import launch, run, succeeds
+from helpers.tiny import SENTENCES, make_model_folder, write_pairs
 from safetensors.torch import load_file
-from tiny import SENTENCES, make_model_folder, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksl_ds.certificate.criterion import clopper_pearson

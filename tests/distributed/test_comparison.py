@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, HANG_SECONDS, free_port, launch, run, succeeds
-from tiny import make_model_folder, write_pairs
+from helpers.processes import ENVIRONMENT, HANG_SECONDS, free_port, launch, run, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
 run_dir: run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, succeeds
-from tiny import make_model_folder, write_pairs
+from helpers.processes import launch, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
 run_dir: run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import launch, succeeds
-from tiny import make_model_folder, write_pairs
+from helpers.processes import launch, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
 run_dir: run

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import launch
-from tiny import make_model_folder, write_pairs
+from helpers.processes import launch
+from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
 run_dir: run

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, HANG_SECONDS, free_port, run, succeeds
-from tiny import make_model_folder, write_pairs
+from helpers.processes import ENVIRONMENT, HANG_SECONDS, free_port, run, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
 run_dir: run

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import launch, succeeds
-from test_lottery import job  # noqa: F401  (a fixture)
+from helpers.processes import launch, succeeds
 
 HERE = Path(__file__).parent
 
 
-def test_packing_trains_as_padding_does(job):  # noqa: F811
+def test_packing_trains_as_padding_does(job):
     """Seven architectures pack with the same losses; ALiBi and state-space models fall back, and the reason is one line."""
     done = succeeds(launch(2, HERE / "ranks_packing.py", cwd=job))
     for architecture in ("bloom", "mamba"):

@@ -14,29 +14,29 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, HANG_SECONDS, free_port, launch, small_disk, succeeds
-from test_lottery import job, losses  # noqa: F401  (job is a fixture)
+from helpers.processes import ENVIRONMENT, HANG_SECONDS, free_port, launch, small_disk, succeeds
+from helpers.runs import losses
 
 HERE = Path(__file__).parent
 
 
-def test_every_method_goes_on_to_the_bit(job):  # noqa: F811
+def test_every_method_goes_on_to_the_bit(job):
     succeeds(launch(2, HERE / "ranks_resume.py", cwd=job))
 
 
-def test_what_has_changed_since_the_start_is_named(job):  # noqa: F811
+def test_what_has_changed_since_the_start_is_named(job):
     done = succeeds(launch(2, HERE / "ranks_inputs.py", cwd=job, timeout=500))
     assert done.stderr.count("warning: the run in run recorded no inputs.json") == 1
 
 
-def test_damaged_checkpoints_and_a_full_disk(job, tmp_path):  # noqa: F811
+def test_damaged_checkpoints_and_a_full_disk(job, tmp_path):
     with small_disk(tmp_path / "disk", "24m") as disk:
         for name in ("model", "pairs.jsonl", "recipe.yaml", "ds.json"):
             (shutil.copytree if (job / name).is_dir() else shutil.copy)(job / name, disk / name)
         succeeds(launch(2, HERE / "ranks_damage.py", cwd=disk))
 
 
-def test_fault_a_rank_is_killed_while_saving(job):  # noqa: F811
+def test_fault_a_rank_is_killed_while_saving(job):
     """Twice, once in each half of it: the checkpoint of step 2 stays, and the third start ends as if nothing had happened."""
     steps = job / "dying/checkpoints/embed_tuning_steps"
     for time_to_die in ("writing", "publishing"):
@@ -98,7 +98,7 @@ class Job:
 LONGER = ("checkpoint.every=2", "embed_tuning.max_steps=16", "partial_tuning.max_steps=16", "draw.every=4")
 
 
-def test_a_lottery_survives_kill_and_sigterm(job):  # noqa: F811
+def test_a_lottery_survives_kill_and_sigterm(job):
     """SIGKILL of one rank at a random step of embed tuning, SIGTERM to the launcher in partial tuning, the end on one rank."""
     whole = Job(job, 2)
     whole.end()
@@ -138,7 +138,7 @@ def test_a_lottery_survives_kill_and_sigterm(job):  # noqa: F811
     assert (job / "run/report.html").exists()
 
 
-def test_engine_checkpoints_keep_their_number_of_ranks(job):  # noqa: F811
+def test_engine_checkpoints_keep_their_number_of_ranks(job):
     begun = Job(job, 2)
     begun.wait_for("embed_tuning", 4)
     launcher = next(p for p in begun.process.children() if "deepspeed.launcher.launch" in p.cmdline())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, run, succeeds
-from tiny import make_model_folder, write_pairs
+from helpers.processes import launch, run, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 
 from ksl_ds import draw_ticket
 from ksl_ds.model.folder import ModelFolder

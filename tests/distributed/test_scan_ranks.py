@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import launch, succeeds
+from helpers.processes import launch, succeeds
+from helpers.tiny import make_model_folder
 from safetensors.torch import load_file, save_file
-from tiny import make_model_folder
 
 WORDS = ("--module", "ksl_ds", "scan", "before=before", "after=after")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import launch, succeeds
+from helpers.processes import launch, succeeds
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -6,9 +6,9 @@ import json
 import shutil
 
 import pytest
-from conftest import REPOSITORY, launch, succeeds
 from deepspeed.accelerator import get_accelerator
-from tiny import make_model_folder, write_pairs
+from helpers.processes import REPOSITORY, launch, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 
 from ksl_ds.commands import check
 from ksl_ds.config.load import load_recipe, save_recipe

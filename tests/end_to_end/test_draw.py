@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
+from helpers.tiny import make_model_folder
 from safetensors.torch import load_file, save_file
-from tiny import make_model_folder
 
 from ksl_ds.cli import main
 from ksl_ds.lottery.ticket import Ticket, draw_ticket

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, WARM, run
+from helpers.processes import ENVIRONMENT, REPOSITORY, WARM, run
 
 sys.path.insert(0, str(REPOSITORY / "launch"))
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG_SECONDS, REPOSITORY, run
+from helpers.processes import HANG_SECONDS, REPOSITORY, run
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ["single_node.sh", "multi_node.sh", "slurm.sbatch"]

@@ -7,8 +7,8 @@ import subprocess
 import time
 
 import pytest
-from conftest import ENVIRONMENT, HANG_SECONDS, run
-from tiny import make_model_folder, write_pairs
+from helpers.processes import ENVIRONMENT, HANG_SECONDS, run
+from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
 run_dir: run

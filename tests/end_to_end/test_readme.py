@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers.processes import REPOSITORY
 
 from ksl_ds.cli import COMMANDS, main
 from ksl_ds.config import schema as recipes

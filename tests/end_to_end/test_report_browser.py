@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HANG_SECONDS
-from html_requests import Page
+from helpers.html_requests import Page
+from helpers.processes import HANG_SECONDS
+from helpers.synthetic_certificate import COUNTEREXAMPLES, candidate
+from helpers.synthetic_comparison import write_comparison
+from helpers.synthetic_run import report_contents
+from helpers.tiny import make_model_folder
 from PIL import Image
-from synthetic_certificate import COUNTEREXAMPLES, candidate
-from synthetic_comparison import write_comparison
-from synthetic_run import report_contents
-from tiny import make_model_folder
 
 from ksl_ds.certificate import report as certificate
 from ksl_ds.comparison.results import finish

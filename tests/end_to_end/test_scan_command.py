@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from conftest import run, succeeds
-from html_requests import Page
+from helpers.html_requests import Page
+from helpers.processes import run, succeeds
+from helpers.tiny import make_model_folder, write_pairs
 from safetensors.torch import load_file, save_file
-from tiny import make_model_folder, write_pairs
 
 from ksl_ds.lottery.ks import ks_2samp
 

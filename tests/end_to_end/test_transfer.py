@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, run, succeeds
+from helpers.processes import launch, run, succeeds
+from helpers.tiny import make_model_folder
 from safetensors.torch import load_file
-from tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
 from ksl_ds.commands import transfer

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.tiny import SENTENCES, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SENTENCES, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ksl_ds.errors import UserError

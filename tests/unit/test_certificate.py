@@ -7,9 +7,9 @@ import doctest
 import numpy as np
 import pytest
 import torch
-from html_requests import Page
+from helpers.html_requests import Page
+from helpers.synthetic_certificate import COUNTEREXAMPLES, candidate
 from scipy import stats
-from synthetic_certificate import COUNTEREXAMPLES, candidate
 
 from ksl_ds.certificate import criterion as certificate
 from ksl_ds.certificate.criterion import MIN_SENTENCES, agreement, certified, clopper_pearson, untuned_tokens

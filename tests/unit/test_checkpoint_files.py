@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from mutations import FILES_OF_OTHER_KINDS, REMOVED, changed
+from helpers.mutations import FILES_OF_OTHER_KINDS, REMOVED, changed
 
 from ksl_ds.files import file_sha256
 from ksl_ds.sharding.checkpoint import MANIFEST, STATE, Checkpoints

@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from conftest import run, succeeds
+from helpers.processes import run, succeeds
 
 from ksl_ds import distributed
 from ksl_ds.cli import main

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run, succeeds
-from synthetic_comparison import REFERENCES, good, perfect, poor, rambling, write_comparison, write_run
-from synthetic_run import STAGES
+from helpers.processes import run, succeeds
+from helpers.synthetic_comparison import REFERENCES, good, perfect, poor, rambling, write_comparison, write_run
+from helpers.synthetic_run import STAGES
 
 from ksl_ds.cli import main
 from ksl_ds.commands.compare import main as run_compare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import REPOSITORY
+from helpers.processes import REPOSITORY
 
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError

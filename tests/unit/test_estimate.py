@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import REPOSITORY, run, succeeds
-from tiny import make_model_folder
+from helpers.processes import REPOSITORY, run, succeeds
+from helpers.tiny import make_model_folder
 from torch import nn
 
 from ksl_ds.commands import estimate

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tickets import Malicious
+from helpers.tiny import make_model_folder
 from safetensors.torch import load_file, save_file
-from tickets import Malicious
-from tiny import make_model_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import conversion_mapping as CONVERSIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_disk
-from tickets import IDS, random_matrix, same, shifted
-from tiny import make_model_folder
+from helpers.processes import small_disk
+from helpers.tickets import IDS, random_matrix, same, shifted
+from helpers.tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
 from ksl_ds.commands import draw, transfer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from html_requests import Page
+from helpers.html_requests import Page
+from helpers.synthetic_run import SAMPLES, STAGES, D, metrics, report_contents
 from matplotlib import rcParams
-from synthetic_run import SAMPLES, STAGES, D, metrics, report_contents
 
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError

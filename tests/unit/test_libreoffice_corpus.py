@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from helpers.processes import REPOSITORY
 
 from ksl_ds.text.corpus import Pair
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.tiny import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_model
 
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tiny import SENTENCES, make_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import SENTENCES, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY
+from helpers.processes import REPOSITORY
 
 from ksl_ds.config.schema import Text
 from ksl_ds.text.corpus import Pair, load_corpus, read_po

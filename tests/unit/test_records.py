@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mutations import FILES_OF_OTHER_KINDS, REMOVED, REPLACEMENTS, changed, paths
-from synthetic_comparison import perfect, write_comparison, write_run
-from synthetic_run import metrics
+from helpers.mutations import FILES_OF_OTHER_KINDS, REMOVED, REPLACEMENTS, changed, paths
+from helpers.synthetic_comparison import perfect, write_comparison, write_run
+from helpers.synthetic_run import metrics
 
 from ksl_ds.cli import main
 from ksl_ds.comparison import tables as report

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import make_model_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from tiny import make_model_folder
 
 from ksl_ds.cli import main
 from ksl_ds.model.folder import ModelFolder

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
+from helpers.tiny import make_model_folder
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
 from ksl_ds.cli import main

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from tiny import SENTENCES, make_model_folder, make_tokenizer
+from helpers.tiny import SENTENCES, make_model_folder, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 

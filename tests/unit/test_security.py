@@ -6,8 +6,8 @@ import ast
 import json
 
 import pytest
-from conftest import REPOSITORY
-from tiny import make_model_folder
+from helpers.processes import REPOSITORY
+from helpers.tiny import make_model_folder
 
 from ksl_ds.config.schema import Model
 from ksl_ds.errors import UserError

@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from synthetic_run import STAGES
+from helpers.synthetic_run import STAGES
 
 from ksl_ds import distributed
 from ksl_ds.report import tables

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tickets import IDS, random_matrix, shifted
+from helpers.tiny import make_model_folder
 from scipy import stats
-from tickets import IDS, random_matrix, shifted
-from tiny import make_model_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, draw_ticket, explain_empty, make_ticket, measure_shift

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import FILES_OF_OTHER_KINDS, REPLACEMENTS, changed, paths
-from tickets import IDS, Malicious, random_matrix, same, shifted
+from helpers.mutations import FILES_OF_OTHER_KINDS, REPLACEMENTS, changed, paths
+from helpers.tickets import IDS, Malicious, random_matrix, same, shifted
 
 from ksl_ds import files
 from ksl_ds.commands import inspect

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tiny import SHAPES, random_model
 from peft import TrainableTokensConfig, get_peft_model
-from tiny import SHAPES, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ksl_ds.model.row_parameter import TicketRows

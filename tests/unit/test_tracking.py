@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import ENVIRONMENT
+from helpers.processes import ENVIRONMENT
 from matplotlib.figure import Figure
 from wandb.proto import wandb_internal_pb2
 

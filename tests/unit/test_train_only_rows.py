@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.optim.optimizer as optimizer_module
-from tiny import random_model
+from helpers.tiny import random_model
 from torch import nn
 from transformers import Adafactor
 

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synthetic_run import STAGES
-
+from helpers.synthetic_run import STAGES
 from ksl_ds.comparison.entries import Entry
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe

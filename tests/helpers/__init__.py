@@ -1,0 +1,1 @@
+"""What tests, rank scripts, benchmarks and the GPU check share."""
