@@ -14,12 +14,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from ksl_ds.errors import UserError
 
 Content = TypeVar("Content")
-Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _as_written(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Keeps an integer that stands for a number an integer, so that a file is written as it was read."""
+    validate(value)
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 
 
@@ -28,11 +36,24 @@ class Record(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+    def content(self) -> dict[str, Any]:
+        """The object as JSON has it: what was given, without defaults."""
+        return self.model_dump(exclude_unset=True)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
 
 def checked(content: Content, model: type[Record], where: str) -> Content:
     """Returns `content` if it fits `model`, else raises UserError; `where` is the file, perhaps with a line."""
+    record_of(content, model, where)
+    return content
+
+
+def record_of(content: Any, model: type[AnyRecord], where: str) -> AnyRecord:
+    """Content of a JSON file as a record. Raises UserError if it does not fit; `where` is the file, perhaps with a line."""
     try:
-        model.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
@@ -42,7 +63,6 @@ def checked(content: Content, model: type[Record], where: str) -> Content:
         raise UserError(
             f"{where}: {key}{why[0].lower() + why[1:]}; the file was changed or is another kind of file"
         ) from None
-    return content
 
 
 def read_text(path: Path) -> str:
@@ -129,10 +149,14 @@ def clean(value: Any) -> Any:
     return clean(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
+def json_text(content: Any) -> str:
+    """Sorted, indented JSON, after `clean`."""
+    return json.dumps(clean(content), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes sorted, indented JSON atomically, after `clean`. Raises UserError."""
-    text = json.dumps(clean(content), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    """Writes `json_text` atomically. Raises UserError."""
+    write_text(path, json_text(content))
 
 
 @contextmanager

@@ -69,7 +69,9 @@ def leave_out(run: RunContext, trained: set[str]) -> int:
         test.pairs = [test.pairs[index] for index in kept]
         run.examples["test"] = [run.examples["test"][index] for index in kept]
         run.prompts = [run.prompts[index] for index in kept]
-        run.results["text"]["test"] |= {"pairs": len(kept), "dropped": test.dropped}
+        part = run.results.text["test"]
+        part.pairs = len(kept)
+        part.dropped = test.dropped
         logger.info(f"{overlap:,} test sentences left out, since their source is in text.train; {len(kept):,} remain")
     return overlap
 

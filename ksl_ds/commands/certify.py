@@ -27,7 +27,7 @@ def main(recipe: Recipe) -> None:
         predictions = predict_reference(run, reference)
         judged = [judge(run, candidate, predictions, shift.num_samples) for candidate in candidates]
         rows = [row for row, _ in judged]
-        run.results["certificate"] = {
+        run.results.certificate = {
             "claims": CLAIMS,
             "confidence": CONFIDENCE,
             "least_sentences": MIN_SENTENCES,

@@ -18,7 +18,7 @@ from ksl_ds.config.methods import METHOD_SECTIONS, METHODS, Method, Rows, Stage
 from ksl_ds.config.schema import Compare, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import clean
-from ksl_ds.report.records import read_results
+from ksl_ds.report.records import RunResults, read_results
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def comparison_dir(recipe: Recipe) -> Path:
     raise UserError(f"run_dir {run_dir} holds neither a comparison nor a finished run; choose another run_dir")
 
 
-def finished(entry: Entry, folder: Path, wanted: Recipe) -> dict[str, Any] | None:
+def finished(entry: Entry, folder: Path, wanted: Recipe) -> RunResults | None:
     """The results.json of a run that has scored an entry as `wanted` asks; None where there is none.
 
     Raises
@@ -119,9 +119,9 @@ def finished(entry: Entry, folder: Path, wanted: Recipe) -> dict[str, Any] | Non
         When the run there was of another recipe.
     """
     results = read_results(folder)
-    if results is None or entry.stage not in results["stages"]:
+    if results is None or entry.stage not in results.stages:
         return None
-    difference = differs(results["recipe"], wanted, entry.method)
+    difference = differs(results.recipe.content(), wanted, entry.method)
     if difference:
         raise UserError(
             f"{folder} holds a run of another recipe: {difference}; move it away to run it again, or choose another run_dir"
@@ -129,7 +129,7 @@ def finished(entry: Entry, folder: Path, wanted: Recipe) -> dict[str, Any] | Non
     return results
 
 
-def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, Any] | None:
+def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> RunResults | None:
     """The results.json of a lottery (or `tune`) that has scored an entry as `wanted` asks; None where none has.
 
     A lottery of another recipe is no mistake here: its stages are not taken.
@@ -138,8 +138,8 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> dict[str, 
     in_lottery = entry.stage in (Stage.UNTUNED, Stage.EMBED_TUNING) or entry.spec.rows is Rows.TICKET
     if not in_lottery or results is None:
         return None
-    theirs = with_current_names(results["recipe"])
-    if entry.stage not in results["stages"] or theirs["seed"] != wanted.seed:
+    theirs = with_current_names(results.recipe.content())
+    if entry.stage not in results.stages or theirs["seed"] != wanted.seed:
         return None
     drawn = theirs["draw"]
     own = clean(wanted)["draw"]

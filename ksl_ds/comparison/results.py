@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
-from ksl_ds.files import read_text, write_json
+from ksl_ds.files import read_text, write_text
 from ksl_ds.report.html import Section, bullets, figure, table, what_was_run, write_report
-from ksl_ds.report.records import read_comparison, read_metrics
+from ksl_ds.report.records import (
+    ComparisonResults,
+    ComparisonSection,
+    EntryRun,
+    Environment,
+    RunResults,
+    read_comparison,
+    read_metrics,
+)
 from ksl_ds.report.tables import print_table, print_text
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.text.significance import paired_bootstrap
@@ -29,43 +37,41 @@ from ksl_ds.text.significance import paired_bootstrap
 logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 12
-Outcomes = Mapping[str, Mapping[int, dict[str, Any]]]  # as compare.py collects them, by key and seed
+
+
+@dataclass
+class Outcome:
+    """What came of an entry with one seed."""
+
+    entry: EntryRun
+    results: RunResults | None = None  # of its run, if that has scores
+
+
+Outcomes = Mapping[str, Mapping[int, Outcome]]  # by key and seed
 
 
 def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
     """Tests and writes down what the runs found; on one rank. Raises UserError where no entry has a result."""
-    done = [outcome for by_seed in outcomes.values() for outcome in by_seed.values() if "scores" in outcome]
+    done = [outcome.results for by_seed in outcomes.values() for outcome in by_seed.values() if outcome.results]
     if not done:
         raise UserError("no entry of the comparison has a result; the sentences above say why")
     order = _shown_order(outcomes)
-    runs: dict[str, dict[str, Any]] = {
-        key: {
-            str(seed): {
-                name: value for name, value in outcome.items() if name not in ("baselines", "text", "environment")
-            }
-            for seed, outcome in outcomes[key].items()
-        }
-        for key in order
-    }
+    runs = {key: {str(seed): outcome.entry for seed, outcome in outcomes[key].items()} for key in order}
     logger.info("testing differences")
     tests, signatures = _tests(home, runs, recipe.evaluation.tokenize)
-    comparison = {
-        "order": order,
-        "seeds": recipe.compare.seeds,
-        "runs": runs,
-        "tests": tests,
-        "signatures": signatures,
-    }
-    results = {
-        "comparison": comparison,
-        "stages": report.mean_stages(comparison),
-        "baselines": done[0]["baselines"],
-        "text": done[0]["text"],
-        "environment": hardware_and_versions(),
-        "environments_of_runs": _distinct(outcome["environment"] for outcome in done),
-        "recipe": asdict(recipe),
-    }
-    write_json(home / "results.json", results)
+    comparison = ComparisonSection(
+        order=order, seeds=recipe.compare.seeds, runs=runs, tests=tests, signatures=signatures
+    )
+    results = ComparisonResults(
+        comparison=comparison,
+        stages=report.mean_stages(comparison),
+        baselines=done[0].baselines,
+        text=done[0].text,
+        environment=Environment(**hardware_and_versions()),
+        environments_of_runs=_distinct(found.environment for found in done),
+        recipe=asdict(recipe),
+    )
+    write_text(home / "results.json", results.to_json())
     results = read_comparison(home / "results.json")  # what --from will see
     show(results)
     _write_report(recipe, home, results)
@@ -77,7 +83,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         print_text(f"{what + ':':36} {home / name}")
 
 
-def show(results: Mapping[str, Any]) -> None:
+def show(results: ComparisonResults) -> None:
     """Prints the tables and the sentences of a comparison."""
     print_table(report.score_table(results))
     print_table(report.difference_table(results))
@@ -104,16 +110,18 @@ def _distinct(values: Any) -> list[Any]:
     return found
 
 
-def _lines(home: Path, run: Mapping[str, Any], name: str) -> list[str]:
+def _lines(home: Path, run: EntryRun, name: str) -> list[str]:
     """The sentences of a file of a run's translations."""
-    path = home / run["folder"] / "translations" / run["stage"] / f"{name}.txt"
+    path = home / run.folder / "translations" / run.stage / f"{name}.txt"
     try:
         return read_text(path).split("\n")[:-1]
     except UserError as error:
         raise UserError(f"{error}; remove its run to have it made again") from None
 
 
-def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _tests(
+    home: Path, runs: Mapping[str, Mapping[str, EntryRun]], tokenize: str
+) -> tuple[dict[str, Any], dict[str, str]]:
     """sacrebleu's paired bootstrap of every entry against every baseline, seed by seed."""
     tests: dict[str, Any] = {}
     signatures: dict[str, str] = {}
@@ -121,7 +129,7 @@ def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> 
     for seed in seeds:
         # What is the same for all seeds has run with the first only.
         of_seed = {key: by_seed.get(seed) or next(iter(by_seed.values())) for key, by_seed in runs.items()}
-        of_seed = {key: run for key, run in of_seed.items() if "scores" in run}
+        of_seed = {key: run for key, run in of_seed.items() if run.scores}
         for baseline in report.BASELINES:
             if baseline not in of_seed:
                 continue
@@ -139,21 +147,21 @@ def _tests(home: Path, runs: Mapping[str, Mapping[str, Any]], tokenize: str) -> 
     return tests, signatures
 
 
-def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> None:
-    comparison = results["comparison"]
-    stages = results["stages"]
-    first_runs: dict[str, Mapping[str, Any]] = {}
-    for key in comparison["order"]:
-        scored = [run for run in comparison["runs"][key].values() if "scores" in run]
+def _write_report(recipe: Recipe, home: Path, results: ComparisonResults) -> None:
+    comparison = results.comparison
+    stages = results.stages
+    first_runs: dict[str, EntryRun] = {}
+    for key in comparison.order:
+        scored = [run for run in comparison.runs[key].values() if run.scores]
         if key in stages and scored:
             first_runs[key] = scored[0]
     metrics: dict[str, list[Mapping[str, Any]]] = {}
     for key, run in first_runs.items():
-        metrics[key] = [line for line in read_metrics(home / run["folder"]) if line["stage"] == run["stage"]]
+        metrics[key] = [line for line in read_metrics(home / run.folder) if line["stage"] == run.stage]
     intervals = {key: report.interval(comparison, key) for key in first_runs}
     ordered = {key: stages[key] for key in first_runs}
     figures = {
-        "Scores with the 95 % intervals of the bootstrap": score_bars(results["baselines"] | ordered, intervals),
+        "Scores with the 95 % intervals of the bootstrap": score_bars(results.baselines | ordered, intervals),
         "Test loss against trained parameters": loss_against_size(ordered),
         "Training loss with the first seed": loss_curves(report.curves(metrics)),
     }
@@ -161,10 +169,10 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
         for caption, content in figures.items():
             tracker.figure(caption, content)
     words = report.readings(results)
-    if len(results["environments_of_runs"]) > 1:
+    if len(results.environments_of_runs) > 1:
         words.append("The runs were made on different software or hardware; the results.json of each says on which.")
-    pairs = {name: part["pairs"] for name, part in results["text"].items()}
-    seeds = ", ".join(map(str, comparison["seeds"]))
+    pairs = {name: part.pairs for name, part in results.text.items()}
+    seeds = ", ".join(map(str, comparison.seeds))
     drawn = (figure(caption, content, f"f{number}") for number, (caption, content) in enumerate(figures.items()))
     write_report(
         home / "report.html",
@@ -175,17 +183,17 @@ def _write_report(recipe: Recipe, home: Path, results: Mapping[str, Any]) -> Non
         figures={},
         samples=_samples(home, first_runs),
         notes=[],
-        summary=f"{what_was_run(recipe, pairs, {}, results['environment']['ranks'])} Seeds: {seeds}.",
+        summary=f"{what_was_run(recipe, pairs, {}, results.environment.ranks)} Seeds: {seeds}.",
         sections=[
             Section("Scores", table(report.score_table(results))),
             Section("Differences", table(report.difference_table(results)) + bullets(*words)),
             Section("Figures", Markup("\n").join(drawn)),
         ],
-        environment=results["environment"],
+        environment=results.environment,
     )
 
 
-def _samples(home: Path, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+def _samples(home: Path, runs: Mapping[str, EntryRun]) -> list[dict[str, str]]:
     """The first test sentences with every entry's translation, of the first seed."""
     first = next(iter(runs.values()))
     sources, references = (_lines(home, first, name) for name in ("sources", "references"))
@@ -196,7 +204,7 @@ def _samples(home: Path, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str
         lines = _lines(home, run, "hypotheses")
         if len(lines) != len(sources):
             raise UserError(
-                f"{home / run['folder']}: its hypotheses.txt of {run['stage']} has {len(lines)} lines for {len(sources)} "
+                f"{home / run.folder}: its hypotheses.txt of {run.stage} has {len(lines)} lines for {len(sources)} "
                 "sentences; remove its run to have it made again"
             )
         for sample, line in zip(samples, lines[: len(samples)], strict=True):

@@ -13,7 +13,6 @@ import gc
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from ksl_ds.comparison.entries import (
     scored_by_lottery,
     seeds_of,
 )
-from ksl_ds.comparison.results import finish
+from ksl_ds.comparison.results import Outcome, finish
 from ksl_ds.config.load import save_recipe
 from ksl_ds.config.methods import Rows, Stage, label_of
 from ksl_ds.config.schema import Recipe
@@ -35,6 +34,7 @@ from ksl_ds.lottery.selection import RULES
 from ksl_ds.lottery.shift import load_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, choose_rows, explain_empty, make_ticket
 from ksl_ds.model.folder import ModelFolder, token_strings
+from ksl_ds.report.records import EntryRun
 from ksl_ds.sharding.draw import ids_of_draw
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import score_copying
@@ -50,8 +50,6 @@ from ksl_ds.training.stages import (
 from ksl_ds.training.summary import scan_result
 
 logger = logging.getLogger(__name__)
-
-Outcome = dict[str, Any]  # as tables.py describes it
 
 
 @dataclass
@@ -77,15 +75,15 @@ def compare(recipe: Recipe, home: Path) -> None:
         logger.info(f"entry {number} of {len(jobs)}: {label_of(entry.key)}, seed {seed}")
         outcome = _outcome(comparison, entry, seed)
         comparison.outcomes.setdefault(entry.key, {})[seed] = outcome
-        if "missing" in outcome:
-            logger.warning(f"{label_of(entry.key)}, seed {seed}: {outcome['missing']}")
+        if outcome.entry.missing is not None:
+            logger.warning(f"{label_of(entry.key)}, seed {seed}: {outcome.entry.missing}")
         gc.collect()  # the model of a run must be gone before the next one is loaded
     distributed.run_on_rank0(lambda: finish(recipe, home, comparison.outcomes))
     failed = [
         f"{label_of(key)} (seed {seed})"
         for key, by_seed in comparison.outcomes.items()
         for seed, outcome in by_seed.items()
-        if outcome.get("failed")
+        if outcome.entry.failed
     ]
     if failed:
         raise UserError(
@@ -99,34 +97,36 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
     home = comparison.home
     num_rows = None
     if entry.spec.needs_embed:
-        embedded = comparison.outcomes[Stage.EMBED_TUNING][seed]
-        if "missing" in embedded:
-            return {"missing": "embed tuning with this seed did not succeed, and its rows are needed", "failed": True}
+        embedded = comparison.outcomes[Stage.EMBED_TUNING][seed].entry
+        if embedded.missing is not None:
+            why = "embed tuning with this seed did not succeed, and its rows are needed"
+            return Outcome(EntryRun(missing=why, failed=True))
         if seed not in comparison.shifts:
             comparison.shifts[seed] = distributed.run_on_rank0(
-                lambda: load_shift(home / embedded["folder"] / "checkpoints" / DRAW_FILE)
+                lambda: load_shift(home / embedded.folder / "checkpoints" / DRAW_FILE)
             )
         shift = comparison.shifts[seed]
         draw = entry.recipe(recipe, home, seed, rows_of_controls(recipe, shift)).draw
         if "count_V" in RULES[draw.selection].inputs:  # known before the run, from the KS test alone
             ids = ids_of_draw(shift, draw, seed=seed, frequency_V=torch.zeros(len(shift.count_V))).tolist()
             if not ids:
-                return {"missing": explain_empty(shift, draw.alpha, draw.method), "empty": True}
+                return Outcome(EntryRun(missing=explain_empty(shift, draw.alpha, draw.method), empty=True))
             if same := _drawn_before(comparison, entry, seed, ids):
-                return {**comparison.outcomes[same][seed], "same_as": same}
+                found = comparison.outcomes[same][seed]
+                return Outcome(found.entry.model_copy(update={"same_as": same}), found.results)
         num_rows = rows_of_controls(recipe, shift)
     wanted = entry.recipe(recipe, home, seed, num_rows)
     folder = Path(wanted.run_dir)
     outcome = distributed.run_on_rank0(lambda: _found(entry, folder, wanted, Path(recipe.run_dir), home))
     if outcome is not None:
-        logger.info(f"{label_of(entry.key)}, seed {seed}: found in {home / outcome['folder']}")
+        logger.info(f"{label_of(entry.key)}, seed {seed}: found in {home / outcome.entry.folder}")
         return outcome
     try:
         _run_entry(comparison, entry, seed, wanted)
     except UnavailableRow as error:
-        return {"missing": str(error)}
+        return Outcome(EntryRun(missing=str(error)))
     except UserError as error:
-        return {"missing": str(error), "failed": True}
+        return Outcome(EntryRun(missing=str(error), failed=True))
     outcome = distributed.run_on_rank0(lambda: _found(entry, folder, wanted, None, home))
     assert outcome is not None
     return outcome
@@ -150,14 +150,8 @@ def _found(entry: Entry, folder: Path, wanted: Recipe, lottery: Path | None, hom
         results = scored_by_lottery(entry, lottery, wanted)
     if results is None:
         return None
-    return {
-        "folder": str(folder.relative_to(home) if folder.is_relative_to(home) else Path("..")),
-        "stage": entry.stage,
-        "scores": results["stages"][entry.stage],
-        "baselines": results["baselines"],
-        "text": results["text"],
-        "environment": results["environment"],
-    }
+    place = str(folder.relative_to(home) if folder.is_relative_to(home) else Path(".."))
+    return Outcome(EntryRun(folder=place, stage=str(entry.stage), scores=results.stages[entry.stage]), results)
 
 
 class UnavailableRow(UserError):
@@ -181,12 +175,12 @@ def _check_same_model(comparison: Comparison, run_dir: Path) -> None:
     """Raises UserError where an entry that was found had another base model than the run in `run_dir`, which starts."""
     ours = read_inputs(run_dir)
     for outcome in (outcome for by_seed in comparison.outcomes.values() for outcome in by_seed.values()):
-        theirs = read_inputs(comparison.home / outcome["folder"]) if "folder" in outcome else None
+        theirs = read_inputs(comparison.home / outcome.entry.folder) if outcome.entry.folder is not None else None
         name = differing_model(theirs, ours) if theirs and ours else None
         if name:
             (run_dir / INPUTS).unlink()  # so that the entry runs with the model that the others had
             raise UserError(
-                f"the model {comparison.recipe.model.path} has changed since {comparison.home / outcome['folder']} was run "
+                f"the model {comparison.recipe.model.path} has changed since {comparison.home / outcome.entry.folder} was run "
                 f"({name} differs); restore it or choose another run_dir"
             )
 
@@ -205,7 +199,7 @@ def _ticket(comparison: Comparison, entry: Entry, seed: int, run: RunContext, sh
         )
     shift = comparison.shifts[seed]
     ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
-    embedded = comparison.home / comparison.outcomes[Stage.EMBED_TUNING][seed]["folder"]
+    embedded = comparison.home / comparison.outcomes[Stage.EMBED_TUNING][seed].entry.folder
     rows_KD = distributed.run_on_rank0(lambda: _embed_tuned_rows(embedded, ids_K))
     return make_ticket(
         shift,

@@ -4,12 +4,6 @@ So `ksl-ds compare --from results.json` prints what the run printed. Numbers are
 deviation. A difference is called significant when the paired bootstrap finds p < .05 with every seed, in one direction: the
 bootstrap covers the choice of test sentences, the seeds cover the order of training, and no single p covers both.
 
-results.json, section `comparison`:
-    order        keys of the entries, as the table shows them
-    seeds        of the runs
-    runs         by key and seed: {folder, stage, scores} and same_as where another entry's run serves, or {missing: why}
-    tests        by baseline, key and seed: {whole, first_line}, each by metric the fields of text/significance.py's Tested
-    signatures   sacrebleu's, by metric
 """
 
 from __future__ import annotations
@@ -19,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ksl_ds.config.methods import Stage, label_of
-from ksl_ds.report.html import known, learned_to_stop
+from ksl_ds.report.html import learned_to_stop, pair
+from ksl_ds.report.records import ComparisonResults, ComparisonSection, Scores, SeedTest
 from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size
 
 LEVEL = 0.05
@@ -27,77 +22,76 @@ MIN_SENTENCES = 30  # of a test text that resampling can say something about
 BASELINES = (Stage.EMBED_TUNING, Stage.FULL_TUNING, Stage.UNTUNED)
 WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
 SPREAD_NOTE = "± is the standard deviation over {} seeds."
-Results = Mapping[str, Any]  # a whole results.json
 
 
-def mean_stages(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def mean_stages(comparison: ComparisonSection) -> dict[str, Scores]:
     """Means over the seeds by entry, as `stages` of results.json; `spread` holds standard deviations, `seeds` their number.
 
     Entries without any result are left out.
     """
     stages = {}
-    for key in comparison["order"]:
-        runs = [run["scores"] for run in comparison["runs"][key].values() if "scores" in run]
+    for key in comparison.order:
+        runs = [run.scores for run in comparison.runs[key].values() if run.scores]
         if not runs:
             continue
-        numbers = {
-            name: [run.get(name) for run in runs]
-            for name, value in runs[0].items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-        known = {name: [value for value in values if value is not None] for name, values in numbers.items()}
-        stages[key] = {
-            **{name: statistics.fmean(values) for name, values in known.items()},
-            "signatures": runs[0].get("signatures", {}),
-            "spread": {name: statistics.stdev(values) if len(values) > 1 else None for name, values in known.items()},
-            "seeds": len(runs),
-        }
+        by_run = [run.numbers() for run in runs]
+        known = {name: [numbers[name] for numbers in by_run if name in numbers] for name in by_run[0]}
+        means: dict[str, Any] = dict.fromkeys(("test_loss", "bleu", "chrf", "first_line_bleu"))
+        means |= {name: statistics.fmean(values) for name, values in known.items()}
+        stages[key] = Scores(
+            **means,
+            signatures=runs[0].signatures,
+            spread={name: statistics.stdev(values) if len(values) > 1 else None for name, values in known.items()},
+            seeds=len(runs),
+        )
     return stages
 
 
-def score_table(results: Results) -> Table:
+def score_table(results: ComparisonResults) -> Table:
     """What each entry costs and scores, copying the source first."""
-    comparison = results["comparison"]
-    stages = results["stages"]
+    comparison = results.comparison
+    stages = results.stages
     columns = [Column("", numeric=False)]
     for column, key, _ in STAGE_COLUMNS:
         columns.append(column)
         if key == "trained_parameters":
             columns.append(Column("tuned file", optional=True))
     rows = [
-        [label_of(key), *_cells({} if key in missing_entries(comparison) else shown)]
-        for key, shown in (results["baselines"] | {key: stages.get(key, {}) for key in comparison["order"]}).items()
+        [label_of(key), *_cells(None if key in missing_entries(comparison) else shown)]
+        for key, shown in (results.baselines | {key: stages.get(key) for key in comparison.order}).items()
     ]
     notes = list(STAGE_NOTES)
-    if len(comparison["seeds"]) > 1:
-        notes.insert(0, SPREAD_NOTE.format(len(comparison["seeds"])))
+    if len(comparison.seeds) > 1:
+        notes.insert(0, SPREAD_NOTE.format(len(comparison.seeds)))
     return Table("Scores on the held-out text", columns, rows, notes + exceptions(comparison))
 
 
-def _cells(stage: Mapping[str, Any]) -> list[str]:
+def _cells(scores: Scores | None) -> list[str]:
     cells = []
     for _, key, show in STAGE_COLUMNS:
-        spread = stage.get("spread", {}).get(key)
+        spread = scores.spread.get(key) if scores else None
         with_spread = key in WITH_SPREAD and spread is not None
-        cells.append(show(stage.get(key)) + (f" ±{decimals(WITH_SPREAD[key])(spread)}" if with_spread else ""))
+        cells.append(
+            show(getattr(scores, key, None)) + (f" ±{decimals(WITH_SPREAD[key])(spread)}" if with_spread else "")
+        )
         if key == "trained_parameters":
-            cells.append(size(stage.get("tuned_file_bytes")))
+            cells.append(size(scores.tuned_file_bytes if scores else None))
     return cells
 
 
-def missing_entries(comparison: Mapping[str, Any]) -> list[str]:
+def missing_entries(comparison: ComparisonSection) -> list[str]:
     """The keys of entries without a result with any seed."""
-    return [key for key in comparison["order"] if not any("scores" in run for run in comparison["runs"][key].values())]
+    return [key for key in comparison.order if not any(run.scores for run in comparison.runs[key].values())]
 
 
-def exceptions(comparison: Mapping[str, Any]) -> list[str]:
+def exceptions(comparison: ComparisonSection) -> list[str]:
     """What has no result and why, and what shares another entry's result: a sentence for each reason."""
     by_reason: dict[str, dict[str, list[str]]] = {}
-    for key in comparison["order"]:
-        for seed, run in comparison["runs"][key].items():
-            reason = run.get("missing")
-            if reason is None and "same_as" in run:
-                reason = f"the same rows as {label_of(run['same_as'])}, hence the same run"
+    for key in comparison.order:
+        for seed, run in comparison.runs[key].items():
+            reason = run.missing
+            if reason is None and run.same_as is not None:
+                reason = f"the same rows as {label_of(run.same_as)}, hence the same run"
             if reason is not None:
                 by_reason.setdefault(reason, {}).setdefault(key, []).append(seed)
     return [
@@ -110,35 +104,35 @@ def _seeds(seeds: list[str]) -> str:
     return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)}"
 
 
-def baselines_tested(comparison: Mapping[str, Any]) -> list[Stage]:
+def baselines_tested(comparison: ComparisonSection) -> list[Stage]:
     """The baselines that the comparison has tests against."""
-    return [name for name in BASELINES if name in comparison["tests"]]
+    return [name for name in BASELINES if name in comparison.tests]
 
 
-def difference(tests: Mapping[str, Any], text: str = "whole", metric: str = "bleu") -> tuple[float, float, bool]:
+def difference(tests: Mapping[str, SeedTest], text: str = "whole", metric: str = "bleu") -> tuple[float, float, bool]:
     """Of one entry against one baseline: the mean difference, the largest p of any seed, and whether it is significant."""
     found = [test[text][metric] for test in tests.values()]
-    differences = [test["difference"] for test in found]
-    largest = max(test["p"] for test in found)
+    differences = [test.difference for test in found if test.difference is not None]
+    largest = max(test.p for test in found if test.p is not None)
     one_direction = min(differences) > 0 or max(differences) < 0
     return statistics.fmean(differences), largest, one_direction and largest < LEVEL
 
 
-def interval(comparison: Mapping[str, Any], key: str, metric: str = "bleu") -> tuple[float, float] | None:
+def interval(comparison: ComparisonSection, key: str, metric: str = "bleu") -> tuple[float, float] | None:
     """The 95 % interval of a score that covers the bootstrap intervals of all seeds; None without a test."""
     for baseline in baselines_tested(comparison):
-        if key in comparison["tests"][baseline]:
-            found = [test["whole"][metric] for test in comparison["tests"][baseline][key].values()]
+        if key in comparison.tests[baseline]:
+            found = [test.whole[metric] for test in comparison.tests[baseline][key].values()]
             return (
-                min(test["mean"] - test["half_width"] for test in found),
-                max(test["mean"] + test["half_width"] for test in found),
+                min(test.mean - test.half_width for test in found),
+                max(test.mean + test.half_width for test in found),
             )
     return None
 
 
-def difference_table(results: Results) -> Table:
+def difference_table(results: ComparisonResults) -> Table:
     """BLEU with its interval, and against embed tuning, full tuning and the untuned model the differences and their p."""
-    comparison = results["comparison"]
+    comparison = results.comparison
     baselines = baselines_tested(comparison)
     columns = [Column("", numeric=False), Column("BLEU, 95 % interval")]
     for baseline in baselines:
@@ -147,13 +141,13 @@ def difference_table(results: Results) -> Table:
         columns += [Column(f"against {name}", optional=side), Column("p", optional=side)]
         columns += [Column("on first lines", optional=True), Column("p", optional=True)]
     rows = []
-    for key in comparison["order"]:
+    for key in comparison.order:
         if key in missing_entries(comparison):
             continue
         bounds = interval(comparison, key)
         cells = [label_of(key), DASH if bounds is None else f"{max(0.0, bounds[0]):.1f} to {bounds[1]:.1f}"]
         for baseline in baselines:
-            tests = comparison["tests"][baseline].get(key)
+            tests = comparison.tests[baseline].get(key)
             for text in ("whole", "first_line"):
                 if key == baseline or tests is None:
                     cells += [DASH, DASH]
@@ -174,15 +168,15 @@ def p_value(p: float) -> str:
     return f"{p:.3f}"
 
 
-def readings(results: Results) -> list[str]:
+def readings(results: ComparisonResults) -> list[str]:
     """The comparison in words: what is significant, what only learned to stop, what loses to copying the source."""
-    comparison = results["comparison"]
+    comparison = results.comparison
     sentences = []
     for baseline in baselines_tested(comparison):
         for text, name in (("whole", "BLEU"), ("first_line", "first-line BLEU")):
             groups: dict[str, list[str]] = {"above": [], "not different": [], "below": []}
-            for key in comparison["order"]:
-                tests = comparison["tests"][baseline].get(key)
+            for key in comparison.order:
+                tests = comparison.tests[baseline].get(key)
                 if key in (baseline, Stage.UNTUNED) or tests is None:
                     continue
                 mean, _, significant = difference(tests, text)
@@ -196,17 +190,17 @@ def readings(results: Results) -> list[str]:
             ]
             if said:
                 sentences.append(f"{name} against {label_of(baseline)}: {'; '.join(said)}.")
-    if not comparison["tests"]:
+    if not comparison.tests:
         sentences.append(f"With fewer than {MIN_SENTENCES} test sentences no bootstrap says anything: none was made.")
-    stages = results["stages"]
-    untuned = stages.get(Stage.UNTUNED, {})
-    trained = [key for key in comparison["order"] if key in stages and key != Stage.UNTUNED]
+    stages = results.stages
+    untuned = stages.get(Stage.UNTUNED)
+    trained = [key for key in comparison.order if key in stages and key != Stage.UNTUNED]
     sentences += [
         f"{label_of(key)}: learned to stop. {stopping}"
         for key in trained
         if (stopping := learned_to_stop(stages[key], untuned))
     ]
-    copying = results["baselines"].get(Stage.COPYING_SOURCE, {})
+    copying = results.baselines.get(Stage.COPYING_SOURCE)
     for what, other, sign, digits, worse in (
         ("chrf", copying, 1, 1, "chrF++ not above that of copying the source"),
         ("test_loss", untuned, -1, 3, "test loss not below the untuned model's"),
@@ -214,10 +208,10 @@ def readings(results: Results) -> list[str]:
         names = [
             label_of(key)
             for key in trained
-            if known(stages[key], other, what) and sign * stages[key][what] <= sign * other[what]
+            if (both := pair(stages[key], other, what)) and sign * both[0] <= sign * both[1]
         ]
         if names:
-            sentences.append(f"{worse} ({other[what]:.{digits}f}): {', '.join(names)}.")
+            sentences.append(f"{worse} ({getattr(other, what):.{digits}f}): {', '.join(names)}.")
     return sentences
 
 

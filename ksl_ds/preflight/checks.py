@@ -336,5 +336,5 @@ def resume_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config:
         checks.add("failed", "resume", str(error))
     else:
         if before is not None:
-            done = ", ".join(before["stages"]) or "no stage"
+            done = ", ".join(before.stages) or "no stage"
             checks.add("ok", "resume", f"{run_dir} can be resumed, {done} complete; weights are compared on loading")

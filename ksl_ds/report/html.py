@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -28,11 +28,12 @@ from ksl_ds.environment import hardware_and_versions
 from ksl_ds.files import write_text
 from ksl_ds.report.page import PAGE, PARTS, STYLE
 from ksl_ds.report.plots import svg
+from ksl_ds.report.records import Environment, Scores
 from ksl_ds.report.tables import Column, Table, in_order, memory, stage_table, ticket_table
 
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
 
-_jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 _parts: Any = _jinja.from_string(PARTS).module
 
 
@@ -94,11 +95,11 @@ def what_was_run(recipe: Recipe, pairs: Mapping[str, int], steps: Mapping[str, i
     )
 
 
-def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def reading(stages: Mapping[str, Scores]) -> list[str]:
     """What the scores do and do not show, one sentence for each thing that a reader could miss."""
     sentences = []
-    untuned = stages.get(Stage.UNTUNED, {})
-    copying = stages.get(Stage.COPYING_SOURCE, {})
+    untuned = stages.get(Stage.UNTUNED)
+    copying = stages.get(Stage.COPYING_SOURCE)
     for stage in in_order(stages):
         scores = stages[stage]
         name = label_of(stage)
@@ -106,21 +107,23 @@ def reading(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         if stopping := learned_to_stop(scores, untuned):
             sentences.append(f"{name}: {stopping}")
-        if known(scores, copying, "chrf") and scores["chrf"] <= copying["chrf"]:
+        if (both := pair(scores, copying, "chrf")) and both[0] <= both[1]:
             sentences.append(
-                f"{name}: its chrF++ ({scores['chrf']:.1f}) is not above that of copying the source "
-                f"({copying['chrf']:.1f})."
+                f"{name}: its chrF++ ({both[0]:.1f}) is not above that of copying the source ({both[1]:.1f})."
             )
-        if known(scores, untuned, "test_loss") and scores["test_loss"] >= untuned["test_loss"]:
+        if (both := pair(scores, untuned, "test_loss")) and both[0] >= both[1]:
             sentences.append(f"{name}: the test loss is not below the untuned model's.")
     return sentences
 
 
-def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> str:
+def learned_to_stop(scores: Scores, untuned: Scores | None) -> str:
     """A sentence if at least half of a gain in BLEU is missing on the first line; empty otherwise."""
-    if not known(scores, untuned, "bleu", "first_line_bleu"):
+    whole = pair(scores, untuned, "bleu")
+    first_lines = pair(scores, untuned, "first_line_bleu")
+    if whole is None or first_lines is None:
         return ""
-    raw, first = (scores[key] - untuned[key] for key in ("bleu", "first_line_bleu"))
+    raw = whole[0] - whole[1]
+    first = first_lines[0] - first_lines[1]
     if raw < 0.5 or first >= raw / 2:
         return ""
     line = f"only by {first:.1f} on the first line"
@@ -131,23 +134,25 @@ def learned_to_stop(scores: Mapping[str, Any], untuned: Mapping[str, Any]) -> st
     return f"BLEU rises by {raw:.1f} over the untuned model, {line}: {share} of the gain is the model learning to stop."
 
 
-def known(one: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
-    """Whether both stages have all of these scores."""
-    return all(scores.get(key) is not None for scores in (one, other) for key in keys)
+def pair(one: Scores, other: Scores | None, name: str) -> tuple[float, float] | None:
+    """A score of two stages, where both have it."""
+    left = getattr(one, name)
+    right = getattr(other, name, None)
+    return None if left is None or right is None else (left, right)
 
 
-def environment_table(environment: Mapping[str, Any]) -> Table:
-    """Hardware and versions, as `hardware_and_versions` gives them."""
-    gpus = environment.get("gpus_of_a_host") or []
+def environment_table(environment: Environment) -> Table:
+    """Hardware and versions."""
+    gpus = environment.gpus_of_a_host
     rows = [
-        ["ranks", str(environment.get("ranks", ""))],
+        ["ranks", str(environment.ranks)],
         ["accelerators of a host", ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none"],
-        ["processor", f"{environment.get('cpu', '')}, {environment.get('cpu_cores', '?')} cores"],
-        ["memory of a host", memory(environment.get("memory_bytes"))],
-        ["system", str(environment.get("system", ""))],
-        ["git commit of the working directory", str(environment.get("git_commit") or "none")],
+        ["processor", f"{environment.cpu}, {environment.cpu_cores} cores"],
+        ["memory of a host", memory(environment.memory_bytes)],
+        ["system", environment.system],
+        ["git commit of the working directory", environment.git_commit or "none"],
     ]
-    rows += [[name, version] for name, version in environment.get("versions", {}).items()]
+    rows += [[name, version] for name, version in environment.versions.items()]
     return Table("Hardware and versions", [Column("", numeric=False), Column("", numeric=False)], rows)
 
 
@@ -156,14 +161,14 @@ def write_report(
     *,
     title: str,
     recipe_yaml: str,
-    stages: Mapping[str, Mapping[str, Any]],
+    stages: Mapping[str, Scores],
     ticket_rows: Sequence[Mapping[str, Any]],
     figures: Mapping[str, Figure],
     samples: Sequence[Mapping[str, Any]],
     notes: Sequence[str],
     summary: str = "",
     sections: Sequence[Section] = (),
-    environment: Mapping[str, Any] | None = None,
+    environment: Environment | None = None,
 ) -> None:
     """Writes the report, whole or not at all. A part without content is left out.
 
@@ -188,7 +193,7 @@ def write_report(
     sections
         Further parts (a certificate, a comparison), shown between the figures and the samples.
     environment
-        Of `hardware_and_versions`; of this process unless given.
+        Of this process unless given.
 
     Raises
     ------
@@ -214,7 +219,7 @@ def write_report(
         parts.append(Section("Sample translations", samples_html(samples)))
     if recipe_yaml:
         parts.append(Section("Recipe", Markup(_parts.recipe(recipe_yaml))))
-    environment = hardware_and_versions() if environment is None else environment
+    environment = environment or Environment(**hardware_and_versions())
     parts.append(Section("Hardware and versions", table(environment_table(environment))))
     page = _jinja.from_string(PAGE).render(
         style=Markup(STYLE),

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ksl_ds.config.methods import label_of
+from ksl_ds.report.records import Scores
 from ksl_ds.report.tables import in_order, visible
 
 INK = "#24292f"  # replaced by currentColor in the SVG
@@ -243,18 +244,18 @@ def d_against(
     return figure
 
 
-def stage_bars(stages: Mapping[str, Mapping[str, Any]]) -> Figure:
+def stage_bars(stages: Mapping[str, Scores]) -> Figure:
     """BLEU raw and on the first line, chrF++ and stop rate of each stage, side by side."""
     names = in_order(stages)[::-1]
     at = np.arange(len(names))
     with style():
         figure = Figure(figsize=(7.2, 1.1 + 0.42 * len(names)), layout="constrained")
         bleu, chrf, stop = figure.subplots(1, 3, sharey=True, width_ratios=[1.5, 1, 1])
-        _bars(bleu, at + 0.2, 0.36, [stages[name].get("bleu") for name in names], PALETTE[0], "raw", "{:.1f}")
-        first_line = [stages[name].get("first_line_bleu") for name in names]
+        _bars(bleu, at + 0.2, 0.36, [stages[name].bleu for name in names], PALETTE[0], "raw", "{:.1f}")
+        first_line = [stages[name].first_line_bleu for name in names]
         _bars(bleu, at - 0.2, 0.36, first_line, PALETTE[1], "first line", "{:.1f}")
-        _bars(chrf, at, 0.6, [stages[name].get("chrf") for name in names], PALETTE[2], "chrF++", "{:.1f}")
-        _bars(stop, at, 0.6, [stages[name].get("stop_rate") for name in names], PALETTE[3], "stop rate", "{:.2f}")
+        _bars(chrf, at, 0.6, [stages[name].chrf for name in names], PALETTE[2], "chrF++", "{:.1f}")
+        _bars(stop, at, 0.6, [stages[name].stop_rate for name in names], PALETTE[3], "stop rate", "{:.2f}")
         bleu.set_yticks(at, [_short(label_of(name), 28) for name in names], parse_math=False)
         for axes, title in ((bleu, "BLEU"), (chrf, "chrF++"), (stop, "stop rate")):
             axes.set_title(title)

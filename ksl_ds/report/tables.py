@@ -20,6 +20,7 @@ from rich.text import Text
 
 from ksl_ds import distributed
 from ksl_ds.config.methods import Stage, label_of
+from ksl_ds.report.records import Scores
 
 DASH = "–"
 FILE_WIDTH = 100  # at least, when the output is not a terminal
@@ -151,7 +152,7 @@ def decimals(digits: int) -> Callable[[Any], str]:
     return _or_dash(lambda value: f"{value:.{digits}f}")
 
 
-# results.json: (column, its key, how it is shown)
+# (column, field of records.Scores, how it is shown)
 STAGE_COLUMNS: list[tuple[Column, str, Callable[[Any], str]]] = [
     (Column("trained parameters"), "trained_parameters", count),
     (Column("test loss"), "test_loss", decimals(3)),
@@ -176,13 +177,13 @@ def in_order(stages: Mapping[str, Any]) -> list[str]:
     return [name for name in known if name in stages] + [name for name in stages if name not in known]
 
 
-def stage_table(stages: Mapping[str, Mapping[str, Any]], title: str = "Scores on the held-out text") -> Table:
+def stage_table(stages: Mapping[str, Scores], title: str = "Scores on the held-out text") -> Table:
     """One row a stage, from `stages` of results.json (put `baselines` beside them for copying the source)."""
     return Table(
         title,
         [Column("", numeric=False), *(column for column, _, _ in STAGE_COLUMNS)],
         [
-            [label_of(stage), *(show(stages[stage].get(key)) for _, key, show in STAGE_COLUMNS)]
+            [label_of(stage), *(show(getattr(stages[stage], key)) for _, key, show in STAGE_COLUMNS)]
             for stage in in_order(stages)
         ],
         list(STAGE_NOTES),

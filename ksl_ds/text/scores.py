@@ -26,7 +26,6 @@ class Scores:
     bleu: float
     chrf: float
     first_line_bleu: float
-    first_line_chrf: float
     stop_rate: float  # share of answers that the model ended itself
     output_length: float  # tokens
     signatures: dict[str, str]
@@ -96,7 +95,6 @@ def score(
         bleu=bleu.corpus_score(folded, folded_references).score,
         chrf=chrf.corpus_score(folded, folded_references).score,
         first_line_bleu=bleu.corpus_score(cut, folded_references).score,
-        first_line_chrf=chrf.corpus_score(cut, folded_references).score,
         stop_rate=sum(stopped) / len(stopped),
         output_length=sum(lengths) / len(lengths),
         signatures={"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},

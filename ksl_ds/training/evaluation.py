@@ -13,6 +13,8 @@ from torch import nn
 
 from ksl_ds import distributed
 from ksl_ds.config.methods import Stage
+from ksl_ds.report import records
+from ksl_ds.report.records import StageResult, finite
 from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of
 from ksl_ds.text.scores import Scores, score, write_translations
 from ksl_ds.text.translate import translate
@@ -92,29 +94,28 @@ def evaluate_stage(
         )
 
     scores = distributed.run_on_rank0(score_and_write)
-    run.stages[stage] = {
-        "trained_parameters": trained_parameters,
-        "test_loss": loss,
+    shown = StageResult(
+        trained_parameters=trained_parameters,
+        test_loss=finite(loss),
         **asdict(scores),
-        "steps": outcome.steps if outcome else 0,
-        "planned_steps": outcome.planned_steps if outcome else 0,
-        "valid_loss": outcome.valid_loss if outcome else None,
-        "seconds": outcome.seconds if outcome else 0.0,
-        "evaluation_seconds": time.perf_counter() - started,
-        "tuned_file_bytes": distributed.run_on_rank0(lambda: file_bytes(tuned)) if tuned is not None else 0,
-        "optimizer_bytes": outcome.optimizer_bytes if outcome else 0,
-        # Of the training; of the evaluation where nothing was trained.
-        "peak_memory_bytes": max(
+        steps=outcome.steps if outcome else 0,
+        planned_steps=outcome.planned_steps if outcome else 0,
+        valid_loss=finite(outcome.valid_loss) if outcome else None,
+        seconds=outcome.seconds if outcome else 0.0,
+        evaluation_seconds=time.perf_counter() - started,
+        tuned_file_bytes=distributed.run_on_rank0(lambda: file_bytes(tuned)) if tuned is not None else 0,
+        optimizer_bytes=outcome.optimizer_bytes if outcome else 0,
+        peak_memory_bytes=max(
             distributed.gather_objects(outcome.peak_memory_bytes if outcome else distributed.peak_memory())
         ),
-    }
-    shown = run.stages[stage]
-    run.tracker.log(stage, 0, **{name: value for name, value in shown.items() if isinstance(value, (int, float))})
+    )
+    run.stages[stage] = shown
+    run.tracker.log(stage, 0, **shown.numbers())
     run.save_results()
     run.checkpoints(stage).remove()
     logger.info(
-        f"{label}: test loss {loss:.3f}, BLEU {shown['bleu']:.1f}, chrF++ {shown['chrf']:.1f}, "
-        f"first-line BLEU {shown['first_line_bleu']:.1f}, stop rate {shown['stop_rate']:.2f}"
+        f"{label}: test loss {loss:.3f}, BLEU {scores.bleu:.1f}, chrF++ {scores.chrf:.1f}, "
+        f"first-line BLEU {scores.first_line_bleu:.1f}, stop rate {scores.stop_rate:.2f}"
     )
 
 
@@ -134,4 +135,5 @@ def score_copying(run: RunContext) -> None:
     copied = score(
         sources, [pair.target for pair in pairs], [True] * len(pairs), lengths, run.recipe.evaluation.tokenize
     )
-    run.results["baselines"][Stage.COPYING_SOURCE] = {"trained_parameters": 0, "test_loss": None, **asdict(copied)}
+    baseline = records.Scores(trained_parameters=0, test_loss=None, **asdict(copied))
+    run.results.baselines[Stage.COPYING_SOURCE] = baseline

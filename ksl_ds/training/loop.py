@@ -232,12 +232,7 @@ def _resume(
         if monitor is not None:
             monitor.load_state_dict(saved["monitor"])
         logger.info(f"resuming {stage.label} after step {outcome.steps} of {outcome.planned_steps}")
-        run.results.setdefault("resumed", []).append(
-            {
-                "stage": stage,
-                "step": outcome.steps,
-                "ranks": distributed.world_size(),
-                "ranks_before": saved["world_size"],
-            }
-        )
+        resumed = {"stage": str(stage), "step": outcome.steps, "ranks": distributed.world_size()}
+        resumed["ranks_before"] = saved["world_size"]
+        run.results.resumed = [*run.results.resumed, resumed]
     run.tracker.rewind(stage, outcome.steps)

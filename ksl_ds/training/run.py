@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,19 @@ from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
-from ksl_ds.files import write_json
+from ksl_ds.files import write_text
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
 from ksl_ds.model.methods import prepare_method
-from ksl_ds.report.records import read_metrics, read_results
+from ksl_ds.report.records import (
+    Environment,
+    RecordedRecipe,
+    RunResults,
+    StageResult,
+    TextPart,
+    read_metrics,
+    read_results,
+)
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
@@ -56,7 +64,7 @@ class RunContext:
     corpora: dict[str, Corpus]
     examples: dict[str, list[Example]]
     prompts: list[list[int]]  # of the test text
-    results: dict[str, Any] = field(default_factory=dict)
+    results: RunResults
     adapter: Any = None  # PEFT's config, for the methods lora and prefix
     proved: tuple[Any, Packing] | None = (
         None  # a model, and how its micro-batches are laid out: see training/packing.py
@@ -73,13 +81,13 @@ class RunContext:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     @property
-    def stages(self) -> dict[str, dict[str, Any]]:
+    def stages(self) -> dict[str, StageResult]:
         """The completed stages in results.json, by stage."""
-        return self.results["stages"]
+        return self.results.stages
 
     def save_results(self) -> None:
         """Writes results.json, on rank 0. Collective."""
-        distributed.run_on_rank0(lambda: write_json(self.dir / "results.json", self.results))
+        distributed.run_on_rank0(lambda: write_text(self.dir / "results.json", self.results.to_json()))
 
     def checkpoints(self, stage: Stage) -> Checkpoints:
         """The checkpoints within the training of a stage."""
@@ -132,8 +140,8 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
         for name, corpus in corpora.items():
             examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)
             corpus.dropped |= dropped
-            text[name] = {"pairs": len(corpus.pairs), "dropped": corpus.dropped, "sha256": corpus_sha256(corpus)}
-            if before and before["text"].get(name, text[name])["sha256"] != text[name]["sha256"]:
+            text[name] = TextPart(pairs=len(corpus.pairs), dropped=corpus.dropped, sha256=corpus_sha256(corpus))
+            if before and before.text.get(name, text[name]).sha256 != text[name].sha256:
                 raise UserError(
                     f"{corpus.name} has changed since the run in {run_dir} started, so it cannot be resumed; restore the text "
                     "or choose another run_dir"
@@ -148,10 +156,12 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     with run_lock(run_dir):
         # Again, since another process may have resumed the run while this one loaded the model.
         before = distributed.run_on_rank0(lambda: previous_results(run_dir, recipe))
-        results = {"stages": {}, "baselines": {}, "text": text, "recipe": asdict(recipe)}
-        results |= (before or {}) | {"environment": hardware_and_versions()}
+        environment = Environment(**hardware_and_versions())
+        recorded = RecordedRecipe(**asdict(recipe))
+        results = before or RunResults(stages={}, baselines={}, text=text, environment=environment, recipe=recorded)
+        results.environment = environment
         distributed.run_on_rank0(lambda: check_inputs(run_dir, recipe, inputs))
-        distributed.run_on_rank0(lambda: _begin(run_dir, recipe, inputs, results["stages"]))
+        distributed.run_on_rank0(lambda: _begin(run_dir, recipe, inputs, results.stages))
         with Tracker(run_dir, recipe) as tracker:
             run = RunContext(
                 recipe, config, folder, tokenizer, model, tracker, corpora, examples, prompts, results, adapter
@@ -168,7 +178,7 @@ def virtual_tokens(recipe: Recipe) -> int:
     return recipe.prefix.num_virtual_tokens if recipe.method == "prefix" else 0
 
 
-def previous_results(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
+def previous_results(run_dir: Path, recipe: Recipe) -> RunResults | None:
     """The results of the run in `run_dir` if it is resumed; None for a new run.
 
     Raises

@@ -175,7 +175,8 @@ def tune_adapter(run: RunContext) -> None:
     trained_parameters = sum(map(full_numel, parameters))
     out = run.dir / "checkpoints" / stage
     if stage is Stage.LORA:
-        adapted = run.results["target_modules"] = target_modules(run.model)
+        adapted = target_modules(run.model)
+        run.results.target_modules = adapted
         if run.adapter.target_modules == ALL_LINEAR:
             logger.info(
                 f"lora: PEFT has no default modules for this architecture; all linear layers: {', '.join(adapted)}"

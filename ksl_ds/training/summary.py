@@ -17,7 +17,7 @@ from ksl_ds.lottery.ks import critical_count
 from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
-from ksl_ds.report.records import read_metrics
+from ksl_ds.report.records import Scores, read_metrics
 from ksl_ds.report.tables import print_table, print_text, stage_table, ticket_rows, ticket_table
 from ksl_ds.scan.report import scan_folders
 from ksl_ds.training.run import RunContext
@@ -33,7 +33,7 @@ def show_stages(run: RunContext) -> None:
     """Writes results.json and prints the table of stages with the baselines beside it."""
     run.save_results()
     if distributed.is_rank0():
-        print_table(stage_table(run.results["baselines"] | run.stages))
+        print_table(stage_table(run.results.baselines | run.stages))
 
 
 def scan_result(run: RunContext) -> None:
@@ -44,7 +44,7 @@ def scan_result(run: RunContext) -> None:
         return
     found = scan_folders(run.folder, run.dir / "checkpoints" / stage, out, run.recipe.draw.alpha, "output")
     if distributed.is_rank0():
-        run.results["scan"] = {"stage": str(stage), **{key: found[key] for key in ("alpha", "all", "kinds")}}
+        run.results.scan = {"stage": str(stage), **{key: found[key] for key in ("alpha", "all", "kinds")}}
     run.save_results()
 
 
@@ -71,7 +71,7 @@ def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor)
         drawn.shift_ratio,
         frequency_V[drawn.token_ids].tolist(),
     )
-    run.results["draw"] = {
+    run.results.draw = {
         "rows": len(drawn),
         "vocab_size": drawn.vocab_size,
         "num_samples": drawn.num_samples,
@@ -88,7 +88,7 @@ def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor)
         lambda: write_run_report(
             run,
             title=f"KS-Lottery: {run.dir.name}",
-            stages=run.results["baselines"] | run.stages,
+            stages=run.results.baselines | run.stages,
             ticket_rows=rows,
             figures=_figures(run, shift, drawn, frequency_V),
             samples=_samples(run),
@@ -108,7 +108,7 @@ def write_run_report(
     run: RunContext,
     *,
     title: str,
-    stages: Mapping[str, Mapping[str, Any]] | None = None,
+    stages: Mapping[str, Scores] | None = None,
     ticket_rows: Sequence[Mapping[str, Any]] = (),
     figures: Mapping[str, Figure] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
@@ -134,18 +134,18 @@ def write_run_report(
             *notes,
             *(
                 f"{name} text: {count:,} pairs left out, {reason}."
-                for name, part in run.results["text"].items()
-                for reason, count in part["dropped"].items()
+                for name, part in run.results.text.items()
+                for reason, count in part.dropped.items()
             ),
         ],
         summary=what_was_run(
             run.recipe,
-            {name: part["pairs"] for name, part in run.results["text"].items()},
-            {name: stage["steps"] for name, stage in run.stages.items()},
+            {name: part.pairs for name, part in run.results.text.items()},
+            {name: stage.steps for name, stage in run.stages.items()},
             distributed.world_size(),
         ),
         sections=sections,
-        environment=run.results["environment"],
+        environment=run.results.environment,
     )
 
 
@@ -158,7 +158,7 @@ def _figures(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Any) -> 
     top_K = torch.tensor(drawn.count).argsort(descending=True, stable=True)[:ECDFS_SHOWN]
     texts = [run.tokenizer.decode([drawn.token_ids[index]]) for index in top_K.tolist()]
     return {
-        "Scores of the stages": plots.stage_bars(run.results["baselines"] | run.stages),
+        "Scores of the stages": plots.stage_bars(run.results.baselines | run.stages),
         "Training": plots.training_curves(read_metrics(run.dir)),
         "Distribution of D over the vocabulary": plots.d_histogram(statistic_V, thresholds),
         "Rows of largest D, before and after": plots.ecdf_rows(
@@ -191,6 +191,6 @@ def _samples(run: RunContext) -> list[dict[str, str]]:
 
 def _steps_saved(run: RunContext) -> list[str]:
     stage = run.stages[Stage.EMBED_TUNING]
-    if stage["steps"] == stage["planned_steps"]:
+    if stage.steps == stage.planned_steps:
         return []
-    return [f"Embed tuning ended after {stage['steps']} of {stage['planned_steps']} steps: the ticket had settled."]
+    return [f"Embed tuning ended after {stage.steps} of {stage.planned_steps} steps: the ticket had settled."]

@@ -24,13 +24,13 @@ def paths(content: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def changed(content: Any, path: tuple[Any, ...], replacement: Any) -> Any:
-    """A copy of a JSON value with one value within replaced or removed."""
-    content = copy.deepcopy(content)
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    if replacement is REMOVED:
-        del place[path[-1]]
+    """A JSON value with one value within replaced or removed; whatever lies beside the path is shared with the original."""
+    key, *rest = path
+    content = copy.copy(content)
+    if rest:
+        content[key] = changed(content[key], tuple(rest), replacement)
+    elif replacement is REMOVED:
+        del content[key]
     else:
-        place[path[-1]] = replacement
+        content[key] = replacement
     return content

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from ksl_ds.report import plots
+from ksl_ds.report.records import Scores
 from ksl_ds.report.tables import ticket_rows
 
 D = 576
 TOKENS = ["Ċ", "Ġthe", "Ġto", ".", "Ġof", ",", "Ġ<script>", "[/INST]", "é", "▁mañana", "语", "\u200f$x_1$"]
 
-STAGES = {
+NUMBERS = {
     "copying_source": {"trained_parameters": 0, "test_loss": None, "bleu": 2.2, "chrf": 26.7, "first_line_bleu": 2.2}
     | {"stop_rate": 1.0, "output_length": 11.9},
     "untuned": {"trained_parameters": 0, "test_loss": 3.17, "bleu": 0.4, "chrf": 19.4, "first_line_bleu": 6.9}
@@ -25,6 +27,15 @@ STAGES = {
     "partial_tuning": {"trained_parameters": 10_368, "test_loss": 2.57, "bleu": 3.9, "chrf": 25.2}
     | {"first_line_bleu": 3.9, "stop_rate": 0.95, "output_length": 15.0, "seconds": 391.2, "peak_memory_bytes": 2.2e9},
 }
+NEEDED = ("trained_parameters", "test_loss", "bleu", "chrf", "first_line_bleu")
+
+
+def scores(**numbers: Any) -> Scores:
+    """Scores of which only some are known; whatever is not given is None."""
+    return Scores.model_construct(**(dict.fromkeys(NEEDED) | numbers))
+
+
+STAGES = {name: scores(**numbers) for name, numbers in NUMBERS.items()}
 
 SAMPLES = [
     {

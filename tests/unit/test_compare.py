@@ -11,20 +11,21 @@ import pytest
 import torch
 from helpers.processes import run, succeeds
 from helpers.synthetic_comparison import REFERENCES, good, perfect, poor, rambling, write_comparison, write_run
-from helpers.synthetic_run import STAGES
+from helpers.synthetic_run import NUMBERS
 
 from ksl_ds.cli import main
 from ksl_ds.commands.compare import main as run_compare
 from ksl_ds.comparison import runner
 from ksl_ds.comparison import tables as report
 from ksl_ds.comparison.entries import Entry, comparison_dir, differs, entries_of, finished, scored_by_lottery, seeds_of
-from ksl_ds.comparison.results import finish
+from ksl_ds.comparison.results import Outcome, finish
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_json
 from ksl_ds.lottery.shift import Shift
+from ksl_ds.report.records import EntryRun, Metrics, SeedTest, Tested, read_comparison
 from ksl_ds.report.tables import size
 from ksl_ds.text.significance import paired_bootstrap
 
@@ -107,15 +108,15 @@ def test_a_run_is_found_again_unless_its_recipe_changed(tmp_path):
     assert finished(entry, entry.folder(home, 0), entry.recipe(whole, home, 0, None)) is None
     write_run(whole, entry, 0, home, good)
     found = finished(entry, entry.folder(home, 0), entry.recipe(whole, home, 0, None))
-    assert found["stages"]["lora"]["test_loss"] == 2.0
+    assert found.stages["lora"].test_loss == 2.0
     changed = entry.recipe(recipe(f"run_dir={home}", "lora.r=4"), home, 0, None)
     with pytest.raises(
         UserError, match=r"lora-seed0 holds a run of another recipe: lora.r is 8 there and 4 here; move"
     ):
         finished(entry, entry.folder(home, 0), changed)
     # A run that was stopped before its scores is none; where the recipe is the same it can be resumed.
-    found["stages"] = {}
-    (entry.folder(home, 0) / "results.json").write_text(json.dumps(found))
+    found.stages = {}
+    (entry.folder(home, 0) / "results.json").write_text(found.to_json())
     assert finished(entry, entry.folder(home, 0), changed) is None
 
 
@@ -125,7 +126,7 @@ def test_a_lotterys_stages_serve_for_its_seed_and_its_alpha(tmp_path):
     run_dir.mkdir()
     names = ("untuned", "embed_tuning", "partial_transfer", "partial_tuning")
     results = {
-        "stages": {name: STAGES[name] | {"steps": 1, "planned_steps": 1} for name in names},
+        "stages": {name: NUMBERS[name] | {"steps": 1, "planned_steps": 1} for name in names},
         "baselines": {},
         "text": {},
         "environment": hardware_and_versions(),
@@ -175,10 +176,12 @@ def test_controls_take_as_many_rows_as_the_ticket_or_as_they_are_told():
 def planned(monkeypatch, shift: Shift, whole: Recipe) -> tuple[runner.Comparison, list[str]]:
     """A comparison after embed tuning with seed 0; the keys that were really run are listed."""
     ran: list[str] = []
-    monkeypatch.setattr(runner, "_found", lambda entry, *more: {"key": entry.key} if entry.key in ran else None)
+    monkeypatch.setattr(
+        runner, "_found", lambda entry, *more: Outcome(EntryRun(folder=entry.key)) if entry.key in ran else None
+    )
     monkeypatch.setattr(runner, "_run_entry", lambda comparison, entry, seed, wanted: ran.append(entry.key))
     comparison = runner.Comparison(whole, Path("runs/x"))
-    comparison.outcomes["embed_tuning"] = {0: {"folder": "runs/embed_tuning-seed0"}}
+    comparison.outcomes["embed_tuning"] = {0: Outcome(EntryRun(folder="runs/embed_tuning-seed0"))}
     comparison.shifts[0] = shift
     for entry in entries_of(whole.compare):
         if entry.method != "embed":
@@ -199,12 +202,12 @@ def test_levels_that_draw_alike_share_a_run_and_empty_ones_say_so(monkeypatch, t
         "partial_tuning_alpha_0.05",
         "partial_tuning_alpha_0.5",
     ]
-    outcomes = {key: by_seed[0] for key, by_seed in comparison.outcomes.items()}
-    assert outcomes["partial_tuning_alpha_0.06"]["same_as"] == "partial_tuning_alpha_0.05"
-    assert outcomes["partial_transfer_alpha_0.06"]["same_as"] == "partial_transfer_alpha_0.05"
-    assert outcomes["rows_of_largest_D"]["same_as"] == "partial_tuning_alpha_0.05"  # as many, hence the same
+    outcomes = {key: by_seed[0].entry for key, by_seed in comparison.outcomes.items()}
+    assert outcomes["partial_tuning_alpha_0.06"].same_as == "partial_tuning_alpha_0.05"
+    assert outcomes["partial_transfer_alpha_0.06"].same_as == "partial_transfer_alpha_0.05"
+    assert outcomes["rows_of_largest_D"].same_as == "partial_tuning_alpha_0.05"  # as many, hence the same
     empty = outcomes["partial_tuning_alpha_1e-09"]
-    assert empty["empty"] and "failed" not in empty and "the ticket is empty" in empty["missing"]
+    assert empty.empty and not empty.failed and "the ticket is empty" in empty.missing
 
 
 def test_without_embed_tuning_what_needs_it_fails_and_the_rest_goes_on(monkeypatch, tmp_path):
@@ -217,7 +220,9 @@ def test_without_embed_tuning_what_needs_it_fails_and_the_rest_goes_on(monkeypat
         ran.append(entry.key)
 
     monkeypatch.setattr(runner, "_run_entry", run_entry)
-    monkeypatch.setattr(runner, "_found", lambda entry, *more: {"key": entry.key} if entry.key in ran else None)
+    monkeypatch.setattr(
+        runner, "_found", lambda entry, *more: Outcome(EntryRun(folder=entry.key)) if entry.key in ran else None
+    )
     monkeypatch.setattr(runner, "finish", lambda *arguments: None)
     with pytest.raises(
         UserError, match=r"2 of 4 entries failed: embed tuning \(seed 0\), partial tuning alpha 0.5 \(s"
@@ -288,8 +293,9 @@ def test_no_difference_is_never_significant():
     assert paired_bootstrap(nothing, REFERENCES, "a", "13a", ["bleu"])[0]["b"]["bleu"].p == 1.0
 
 
-def of_seed(difference: float, p: float) -> dict:
-    return {"whole": {"bleu": {"score": 5.0, "mean": 5.0, "half_width": 1.0, "difference": difference, "p": p}}}
+def of_seed(difference: float, p: float) -> SeedTest:
+    bleu = Metrics(bleu=Tested(score=5.0, mean=5.0, half_width=1.0, difference=difference, p=p))
+    return SeedTest(whole=bleu, first_line=bleu)
 
 
 @pytest.mark.parametrize(
@@ -318,19 +324,19 @@ def compared(tmp_path_factory):
     """A finished comparison of made-up runs: its folder and its results.json."""
     home = tmp_path_factory.mktemp("runs") / "made-up"
     finish(*write_comparison(home))
-    return home, json.loads((home / "results.json").read_text())
+    return home, read_comparison(home / "results.json")
 
 
 def test_stages_are_means_and_spreads_over_seeds(compared):
     _, results = compared
-    ticket = results["stages"]["partial_tuning_alpha_0.5"]
-    assert ticket["test_loss"] == pytest.approx(2.6) and ticket["seeds"] == 2
-    assert ticket["spread"]["test_loss"] == pytest.approx(0.2 / 2**0.5)
-    assert results["stages"]["lora"]["seeds"] == 1 and results["stages"]["lora"]["spread"]["bleu"] is None
-    assert "partial_tuning_alpha_0.05" not in results["stages"]
+    ticket = results.stages["partial_tuning_alpha_0.5"]
+    assert ticket.test_loss == pytest.approx(2.6) and ticket.seeds == 2
+    assert ticket.spread["test_loss"] == pytest.approx(0.2 / 2**0.5)
+    assert results.stages["lora"].seeds == 1 and results.stages["lora"].spread["bleu"] is None
+    assert "partial_tuning_alpha_0.05" not in results.stages
     for name in ("trained_parameters", "test_loss", "bleu", "chrf", "first_line_bleu", "stop_rate", "output_length"):
-        assert name in ticket
-    assert results["environment"]["versions"]["sacrebleu"] and results["recipe"]["compare"]["seeds"] == [0, 1]
+        assert name in ticket.content()
+    assert results.environment.versions["sacrebleu"] and results.recipe["compare"]["seeds"] == [0, 1]
 
 
 def test_the_score_table(compared):
@@ -365,7 +371,7 @@ def test_the_table_of_differences(compared):
     assert rows["embed tuning"][2:6] == ["–"] * 4
     assert rows["full tuning"][2].startswith("+")
     low, _, high = ticket[1].partition(" to ")
-    assert float(low) < compared[1]["stages"]["partial_tuning_alpha_0.5"]["bleu"] < float(high)
+    assert float(low) < compared[1].stages["partial_tuning_alpha_0.5"].bleu < float(high)
     # On first lines the ticket says what the untuned model says, in whole answers it does not.
     at = names.index("against untuned")
     assert ticket[at].endswith("*") and ticket[at + 2] == "+0.0" and ticket[at + 3] == "1.000"
@@ -424,8 +430,8 @@ def test_a_test_text_of_few_sentences_gets_no_bootstrap(tmp_path, monkeypatch):
     written = write_comparison(tmp_path / "x")
     monkeypatch.setattr(report, "MIN_SENTENCES", 41)
     finish(*written)
-    results = json.loads((tmp_path / "x" / "results.json").read_text())
-    assert results["comparison"]["tests"] == {}
+    results = read_comparison(tmp_path / "x" / "results.json")
+    assert results.comparison.tests == {}
     assert any("fewer than 41 test sentences" in text for text in report.readings(results))
     assert [column.name for column in report.difference_table(results).columns][2:] == []
 
@@ -447,7 +453,10 @@ def test_an_entry_with_another_base_model_is_refused(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "inputs.json").write_text(json.dumps({**parts, "weights": {"embed.weight": digest}}))
     (tmp_path / "before").mkdir()  # by a version that recorded nothing
-    outcomes = {"untuned": {0: {"folder": "before"}}, "lora": {0: {"missing": "it"}, 1: {"folder": "old"}}}
+    missing, before, old = (
+        Outcome(EntryRun(**words)) for words in ({"missing": "it"}, {"folder": "before"}, {"folder": "old"})
+    )
+    outcomes = {"untuned": {0: before}, "lora": {0: missing, 1: old}}
     comparison = runner.Comparison(recipe(), tmp_path, outcomes)
     runner._check_same_model(comparison, tmp_path / "same")
     with pytest.raises(UserError, match=r"the model m has changed since .*old was run \(embed.weight differs\)"):

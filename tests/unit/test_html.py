@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.html_requests import Page
-from helpers.synthetic_run import SAMPLES, STAGES, D, metrics, report_contents
+from helpers.synthetic_run import SAMPLES, STAGES, D, metrics, report_contents, scores
 from matplotlib import rcParams
 
 from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.report import html, plots
 from ksl_ds.report.html import Section, reading, what_was_run, write_report
+from ksl_ds.report.records import Environment
 from ksl_ds.report.tables import ticket_rows
 
 HOSTILE = (
@@ -71,13 +73,13 @@ def test_hostile_strings_stay_text_wherever_they_come_from(tmp_path):
         title=HOSTILE,
         summary=HOSTILE,
         recipe_yaml=HOSTILE,
-        stages={HOSTILE: {"bleu": 1.0}},
+        stages={HOSTILE: scores(bleu=1.0)},
         ticket_rows=rows,
-        figures={HOSTILE: plots.ecdf_rows(before, before + 1, [HOSTILE]), "bars": plots.stage_bars({SHOWN: {}})},
+        figures={HOSTILE: plots.ecdf_rows(before, before + 1, [HOSTILE]), "bars": plots.stage_bars({SHOWN: scores()})},
         samples=[{"source": HOSTILE, "reference": HOSTILE, HOSTILE: HOSTILE, "empty": ""}],
         notes=[HOSTILE],
         sections=[Section(HOSTILE, html.paragraphs(HOSTILE))],
-        environment={"cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}},
+        environment=Environment(**{**hardware_and_versions(), "cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}}),
     )
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.requests == [] and not {"script", "img"} & set(page.tags)
@@ -88,7 +90,7 @@ def test_hostile_strings_stay_text_wherever_they_come_from(tmp_path):
 
 def test_parts_without_content_are_left_out(tmp_path):
     empty = {"recipe_yaml": "", "stages": {}, "ticket_rows": [], "figures": {}, "samples": [], "notes": []}
-    write_report(tmp_path / "report.html", title="Nothing yet", environment={}, **empty)
+    write_report(tmp_path / "report.html", title="Nothing yet", **empty)
     page = Page((tmp_path / "report.html").read_text())
     assert page.tags.count("h2") == 1 and page.tags.count("table") == 1
     assert page.ids == ["hardware-and-versions"]
@@ -130,10 +132,10 @@ def test_reading_names_gains_that_are_only_stopping():
 
 
 def test_reading_is_silent_about_a_gain_that_is_real_or_unknown():
-    better = {"bleu": 20.0, "first_line_bleu": 20.0, "chrf": 50.0, "test_loss": 1.0}
+    better = scores(bleu=20.0, first_line_bleu=20.0, chrf=50.0, test_loss=1.0)
     assert reading(STAGES | {"partial_tuning": better, "embed_tuning": better, "partial_transfer": better}) == []
     assert reading({"embed_tuning": better}) == []
-    assert reading({"untuned": {"test_loss": 1.0}, "lora": {"test_loss": 1.2}}) == [
+    assert reading({"untuned": scores(test_loss=1.0), "lora": scores(test_loss=1.2)}) == [
         "lora: the test loss is not below the untuned model's."
     ]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.mutations import FILES_OF_OTHER_KINDS, REMOVED, REPLACEMENTS, changed, paths
+from helpers.processes import REPOSITORY
 from helpers.synthetic_comparison import perfect, write_comparison, write_run
 from helpers.synthetic_run import metrics
 
@@ -25,7 +26,15 @@ from ksl_ds.errors import UserError
 from ksl_ds.lottery.shift import Shift, load_shift, save_shift
 from ksl_ds.report import plots
 from ksl_ds.report.html import environment_table, reading, what_was_run
-from ksl_ds.report.records import read_comparison, read_metrics, read_results
+from ksl_ds.report.records import (
+    ComparisonResults,
+    ComparisonSection,
+    EntryRun,
+    RunResults,
+    read_comparison,
+    read_metrics,
+    read_results,
+)
 from ksl_ds.report.tables import stage_table
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.training.run import previous_results
@@ -106,16 +115,17 @@ def test_results_of_a_run(run_dir, monkeypatch):
         scored_by_lottery(Entry("untuned"), folder, wanted)
         finished(entry, folder, wanted)
         results = previous_results(folder, wanted)
-        assert results == json.loads((folder / "results.json").read_text())
-        stages = results["baselines"] | results["stages"]
+        content = json.loads((folder / "results.json").read_text())
+        assert json.loads(results.to_json()) == content | {"format_version": 2}
+        stages = results.baselines | results.stages
         stage_table(stages)
         reading(stages)
-        pairs = {name: part["pairs"] for name, part in results["text"].items()}
-        what_was_run(wanted, pairs, {name: stage["steps"] for name, stage in results["stages"].items()}, 1)
-        assert all(part["sha256"] and set(part["dropped"]) is not None for part in results["text"].values())
-        environment_table(results["environment"])
-        runs = {str(seed): {"scores": scores} for seed, scores in enumerate(results["stages"].values())}
-        report.mean_stages({"order": ["a"], "runs": {"a": runs}})
+        pairs = {name: part.pairs for name, part in results.text.items()}
+        what_was_run(wanted, pairs, {name: stage.steps for name, stage in results.stages.items()}, 1)
+        assert all(part.sha256 and set(part.dropped) is not None for part in results.text.values())
+        environment_table(results.environment)
+        runs = {str(seed): EntryRun(scores=scores) for seed, scores in enumerate(results.stages.values())}
+        report.mean_stages(ComparisonSection(order=["a"], seeds=[0], runs={"a": runs}, tests={}))
 
     path = folder / "results.json"
     use()
@@ -306,3 +316,28 @@ def test_a_run_folder_that_is_only_begun_is_resumed(run_dir):
     (folder / "results.json").unlink()
     (folder / "metrics.jsonl").unlink()
     assert previous_results(folder, wanted) is None and read_results(folder) is None
+
+
+VERSION_1 = Path(__file__).parent / "results_version_1.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "schema"),
+    [(VERSION_1, RunResults), (REPOSITORY / "tests/benchmarks/compare_smollm2_fr.json", ComparisonResults)],
+)
+def test_files_of_the_first_format_are_read_without_a_loss(path, schema):
+    """Of a quickstart and of a comparison, as version 0.1 wrote them."""
+    text = path.read_text()
+    assert "format_version" not in text
+    written = schema.from_json(text, str(path)).to_json()
+    assert json.loads(written)["format_version"] == 2
+    assert written.replace('  "format_version": 2,\n', "") == text
+    assert schema.from_json(written, "written").to_json() == written
+
+
+def test_a_newer_format_is_refused_in_a_sentence(run_dir):
+    folder, wanted, _ = run_dir
+    content = json.loads((folder / "results.json").read_text()) | {"format_version": 3}
+    (folder / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"results\.json has format_version 3, .* reads up to 2; update ksl_ds"):
+        previous_results(folder, wanted)

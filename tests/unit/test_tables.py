@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from helpers.synthetic_run import STAGES
+from helpers.synthetic_run import STAGES, scores
 
 from ksl_ds import distributed
 from ksl_ds.report import tables
@@ -49,7 +49,7 @@ def some_tokens(tokens: list[str], **more) -> list[dict]:
 
 
 def test_stage_rows_are_in_the_methods_order_whatever_order_results_json_has():
-    table = stage_table(dict(sorted(STAGES.items())) | {"lora": {"bleu": 1.0}})
+    table = stage_table(dict(sorted(STAGES.items())) | {"lora": scores(bleu=1.0)})
     assert [row[0] for row in table.rows] == [
         "copying the source",
         "untuned",
@@ -74,7 +74,7 @@ def test_stage_cells_show_numbers_as_people_write_them_and_dashes_for_what_is_mi
         "2.42 GiB",
     ]
     assert cells(table, "copying the source") == ["0", "–", "2.2", "26.7", "2.2", "1.00", "11.9", "–", "–"]
-    assert cells(stage_table({"untuned": {"bleu": math.nan, "test_loss": math.inf}}), "untuned") == ["–"] * 9
+    assert cells(stage_table({"untuned": scores(bleu=math.nan, test_loss=math.inf)}), "untuned") == ["–"] * 9
 
 
 def test_a_file_gets_every_column_in_full_and_no_colour_codes(monkeypatch):
