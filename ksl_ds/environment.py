@@ -8,11 +8,11 @@ import platform
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ksl_ds import distributed
+from ksl_ds.files import Count, Record
 
 VERSIONS_OF = (
     "ksl_ds",
@@ -28,23 +28,36 @@ VERSIONS_OF = (
 )
 
 
-def hardware_and_versions() -> dict[str, Any]:
-    """Library versions, processor, accelerators, ranks and git commit for results.json. No host or user name."""
+class Environment(Record):
+    """Hardware and software, as results.json has them. No host or user name."""
+
+    versions: dict[str, str]  # of `VERSIONS_OF`, and of python
+    ranks: Count
+    gpus_of_a_host: list[str]
+    cpu: str
+    cpu_cores: Count
+    memory_bytes: Count
+    system: str
+    git_commit: str | None
+
+
+def hardware_and_versions() -> Environment:
+    """The environment of this process."""
     versions = {}
     for name in VERSIONS_OF:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus_of_a_host": gpus,
-        "ranks": distributed.world_size(),
-        "git_commit": _git_commit(),
-    }
+    return Environment(
+        versions={"python": platform.python_version(), **versions},
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=_cpu_name(),
+        cpu_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus_of_a_host=gpus,
+        ranks=distributed.world_size(),
+        git_commit=_git_commit(),
+    )
 
 
 def _cpu_name() -> str:

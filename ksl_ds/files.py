@@ -135,7 +135,9 @@ def sync(path: Path) -> None:
 
 
 def clean(value: Any) -> Any:
-    """`value` for JSON: dataclasses as dicts, arrays as lists, paths as text, NaN and infinity as None."""
+    """`value` for JSON: records and dataclasses as dicts, arrays as lists, paths as text, NaN and infinity as None."""
+    if isinstance(value, Record):
+        value = value.content()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

@@ -30,7 +30,7 @@ def main(recipe: Recipe) -> None:
     checks = Checklist()
     ranks_and_hosts(checks, recipe)
     environment = hardware_and_versions()
-    versions = checks.on_all("versions", lambda: (versions_line(environment), environment["versions"]))
+    versions = checks.on_all("versions", lambda: (versions_line(environment), environment.versions))
     checks.same("versions", versions, "other versions")
     configs = checks.on_all("deepspeed", lambda: (f"{recipe.deepspeed} fits the recipe", config_of_rank_0(recipe)))
     device_check(checks, recipe)

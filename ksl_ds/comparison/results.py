@@ -25,7 +25,6 @@ from ksl_ds.report.records import (
     ComparisonResults,
     ComparisonSection,
     EntryRun,
-    Environment,
     RunResults,
     read_comparison,
     read_metrics,
@@ -67,7 +66,7 @@ def finish(recipe: Recipe, home: Path, outcomes: Outcomes) -> None:
         stages=report.mean_stages(comparison),
         baselines=done[0].baselines,
         text=done[0].text,
-        environment=Environment(**hardware_and_versions()),
+        environment=hardware_and_versions(),
         environments_of_runs=_distinct(found.environment for found in done),
         recipe=asdict(recipe),
     )

@@ -22,6 +22,7 @@ import torch
 
 from ksl_ds import distributed
 from ksl_ds.config.schema import Recipe
+from ksl_ds.environment import Environment
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import min_ranks, rank_needs
 from ksl_ds.estimate.plan import Estimated, Plan, plan_of
@@ -116,10 +117,10 @@ def ranks_and_hosts(checks: Checklist, recipe: Recipe) -> None:
         checks.add("warning", "hosts", "the numbers of ranks differ; is that intended?")
 
 
-def versions_line(environment: dict[str, Any]) -> str:
+def versions_line(environment: Environment) -> str:
     """The versions that must agree on all hosts, as text."""
     shown = ("ksl_ds", "python", "torch", "deepspeed", "transformers")
-    return ", ".join(f"{name} {environment['versions'].get(name, 'missing')}" for name in shown)
+    return ", ".join(f"{name} {environment.versions.get(name, 'missing')}" for name in shown)
 
 
 def config_of_rank_0(recipe: Recipe) -> dict[str, Any] | None:

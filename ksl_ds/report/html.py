@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from ksl_ds import __version__
 from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.config.schema import Recipe
-from ksl_ds.environment import hardware_and_versions
+from ksl_ds.environment import Environment, hardware_and_versions
 from ksl_ds.files import write_text
 from ksl_ds.report.page import PAGE, PARTS, STYLE
 from ksl_ds.report.plots import svg
-from ksl_ds.report.records import Environment, Scores
+from ksl_ds.report.records import Scores
 from ksl_ds.report.tables import Column, Table, in_order, memory, stage_table, ticket_table
 
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
@@ -219,7 +219,7 @@ def write_report(
         parts.append(Section("Sample translations", samples_html(samples)))
     if recipe_yaml:
         parts.append(Section("Recipe", Markup(_parts.recipe(recipe_yaml))))
-    environment = environment or Environment(**hardware_and_versions())
+    environment = environment or hardware_and_versions()
     parts.append(Section("Hardware and versions", table(environment_table(environment))))
     page = _jinja.from_string(PAGE).render(
         style=Markup(STYLE),

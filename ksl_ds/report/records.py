@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from ksl_ds.environment import Environment
 from ksl_ds.errors import UserError
 from ksl_ds.files import Count, Number, Record, checked, json_text, parse_json, read_json, read_text, record_of
 
@@ -60,19 +61,6 @@ class TextPart(Record):
     pairs: Count
     dropped: dict[str, Count]  # by reason
     sha256: str
-
-
-class Environment(Record):
-    """As `environment.hardware_and_versions` gives it."""
-
-    versions: dict[str, str]
-    ranks: Count
-    gpus_of_a_host: list[str]
-    cpu: str
-    cpu_cores: Count
-    memory_bytes: Count
-    system: str
-    git_commit: str | None
 
 
 class RecordedRecipe(Record):
@@ -124,7 +112,7 @@ class RunResults(Document):
     certificate: dict[str, Any] = {}
 
 
-class Tested(Record):
+class BootstrapScore(Record):
     """A system's score in a paired bootstrap; a baseline has no difference from itself."""
 
     score: Number
@@ -137,10 +125,10 @@ class Tested(Record):
 class Metrics(Record):
     """Tests by metric, on one text."""
 
-    __pydantic_extra__: dict[str, Tested]
-    bleu: Tested
+    __pydantic_extra__: dict[str, BootstrapScore]
+    bleu: BootstrapScore
 
-    def __getitem__(self, metric: str) -> Tested:
+    def __getitem__(self, metric: str) -> BootstrapScore:
         """The test of a metric: `bleu` or `chrf`."""
         return getattr(self, metric)
 

@@ -28,7 +28,6 @@ from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
 from ksl_ds.model.methods import prepare_method
 from ksl_ds.report.records import (
-    Environment,
     RecordedRecipe,
     RunResults,
     StageResult,
@@ -156,7 +155,7 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     with run_lock(run_dir):
         # Again, since another process may have resumed the run while this one loaded the model.
         before = distributed.run_on_rank0(lambda: previous_results(run_dir, recipe))
-        environment = Environment(**hardware_and_versions())
+        environment = hardware_and_versions()
         recorded = RecordedRecipe(**asdict(recipe))
         results = before or RunResults(stages={}, baselines={}, text=text, environment=environment, recipe=recorded)
         results.environment = environment

@@ -212,15 +212,15 @@ def machine(rehearsed: bool) -> dict[str, str]:
     from ksl_ds.environment import hardware_and_versions
 
     found = hardware_and_versions()
-    cards = [] if rehearsed else found["gpus_of_a_host"]
+    cards = [] if rehearsed else found.gpus_of_a_host
     driver = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
     return {
         "cards": ", ".join(f"{cards.count(name)} x {name}" for name in dict.fromkeys(cards)) or "none",
         "driver": driver or "none",
         "CUDA of torch": str(torch.version.cuda or "none"),
-        "processor": f"{found['cpu']}, {found['cpu_cores']} cores",
-        "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        "commit": found["git_commit"] or "unknown",
+        "processor": f"{found.cpu}, {found.cpu_cores} cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        "commit": found.git_commit or "unknown",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -63,7 +63,7 @@ def write_run(recipe: Recipe, entry: Entry, seed: int, home: Path, translate, **
                 "train": {"pairs": 200, "dropped": {}, "sha256": "0"},
                 "test": {"pairs": len(SOURCES), "dropped": {}, "sha256": "1"},
             },
-            "environment": hardware_and_versions(),
+            "environment": hardware_and_versions().content(),
             "recipe": json.loads(json.dumps(vars(wanted), default=vars)),
         },
         "made up",

@@ -25,7 +25,7 @@ from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_json
 from ksl_ds.lottery.shift import Shift
-from ksl_ds.report.records import EntryRun, Metrics, SeedTest, Tested, read_comparison
+from ksl_ds.report.records import BootstrapScore, EntryRun, Metrics, SeedTest, read_comparison
 from ksl_ds.report.tables import size
 from ksl_ds.text.significance import paired_bootstrap
 
@@ -294,7 +294,7 @@ def test_no_difference_is_never_significant():
 
 
 def of_seed(difference: float, p: float) -> SeedTest:
-    bleu = Metrics(bleu=Tested(score=5.0, mean=5.0, half_width=1.0, difference=difference, p=p))
+    bleu = Metrics(bleu=BootstrapScore(score=5.0, mean=5.0, half_width=1.0, difference=difference, p=p))
     return SeedTest(whole=bleu, first_line=bleu)
 
 

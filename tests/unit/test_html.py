@@ -14,7 +14,6 @@ from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.report import html, plots
 from ksl_ds.report.html import Section, reading, what_was_run, write_report
-from ksl_ds.report.records import Environment
 from ksl_ds.report.tables import ticket_rows
 
 HOSTILE = (
@@ -79,7 +78,7 @@ def test_hostile_strings_stay_text_wherever_they_come_from(tmp_path):
         samples=[{"source": HOSTILE, "reference": HOSTILE, HOSTILE: HOSTILE, "empty": ""}],
         notes=[HOSTILE],
         sections=[Section(HOSTILE, html.paragraphs(HOSTILE))],
-        environment=Environment(**{**hardware_and_versions(), "cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}}),
+        environment=hardware_and_versions().model_copy(update={"cpu": HOSTILE, "versions": {HOSTILE: HOSTILE}}),
     )
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.requests == [] and not {"script", "img"} & set(page.tags)

@@ -362,18 +362,18 @@ def test_a_missing_folder_is_the_users_mistake(tmp_path):
 
 def test_hardware_and_versions_name_software_and_commit_but_not_the_host(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hardware_and_versions()["git_commit"] is None
+    assert hardware_and_versions().git_commit is None
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c"]
     (tmp_path / "file").write_text("1")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     found = hardware_and_versions()
-    assert found["git_commit"] == commit
+    assert found.git_commit == commit
     (tmp_path / "file").write_text("2")
-    assert hardware_and_versions()["git_commit"] == f"{commit}-dirty"
+    assert hardware_and_versions().git_commit == f"{commit}-dirty"
 
-    assert found["versions"]["torch"] == torch.__version__
-    assert {"python", "ksl_ds", "deepspeed", "transformers", "peft", "scipy", "sacrebleu"} <= set(found["versions"])
-    assert found["ranks"] == 1 and found["memory_bytes"] > 2**28 and found["cpu"]
-    assert socket.gethostname() not in json.dumps(found)
+    assert found.versions["torch"] == torch.__version__
+    assert {"python", "ksl_ds", "deepspeed", "transformers", "peft", "scipy", "sacrebleu"} <= set(found.versions)
+    assert found.ranks == 1 and found.memory_bytes > 2**28 and found.cpu
+    assert socket.gethostname() not in found.model_dump_json()
