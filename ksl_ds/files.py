@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -194,10 +194,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 READ_AT_ONCE = 1 << 24
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+def blocks_sha256(blocks: Iterable[bytes]) -> str:
+    """SHA-256, in hexadecimal digits, of all blocks in a row."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_AT_ONCE):
-            digest.update(block)
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
+
+
+def bytes_sha256(content: bytes) -> str:
+    """SHA-256 of bytes, in hexadecimal digits."""
+    return blocks_sha256([content])
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, which is read in blocks."""
+    with path.open("rb") as file:
+        return blocks_sha256(iter(lambda: file.read(READ_AT_ONCE), b""))

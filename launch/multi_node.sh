@@ -13,6 +13,8 @@
 #     NODE_RANK=0 bash launch/multi_node.sh HOSTFILE lottery ...    on the first machine of HOSTFILE
 #     NODE_RANK=1 bash launch/multi_node.sh HOSTFILE lottery ...    on the second
 set -euo pipefail
+# shellcheck source=launch/hand_on_sigterm.sh
+source "$(dirname "$0")/hand_on_sigterm.sh"
 
 VENV=${VENV:-.venv}                            # EDIT: where ksl_ds is installed, on every machine
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}   # EDIT: cores of a machine / its ranks
@@ -50,15 +52,7 @@ first=${first#*@} # ssh logs in as USER@NAME; the ranks meet at NAME
 options=(--hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT")
 
 if [ -n "${NODE_RANK:-}" ]; then
-    deepspeed "${options[@]}" --no_ssh --node_rank "$NODE_RANK" --module ksl_ds "$@" &
-    job=$!
-    # Without ssh deepspeed does not hand a SIGTERM on to its child, which would end the ranks in order.
-    trap 'pkill -TERM -P "$job" || true' TERM
-    status=0
-    while kill -0 "$job" 2>/dev/null; do
-        wait "$job" && status=0 || status=$? # a signal ends the waiting too
-    done
-    exit "$status"
+    hand_on_sigterm deepspeed "${options[@]}" --no_ssh --node_rank "$NODE_RANK" --module ksl_ds "$@"
 fi
 
 # The words go through a remote shell, in which the launcher puts them between single quotes.

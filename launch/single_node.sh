@@ -7,6 +7,8 @@
 # COMMAND and RECIPE.yaml are those of `ksl-ds --help`; key=value words after them change single keys of the recipe.
 # RANKS=4 in front uses fewer GPUs.
 set -euo pipefail
+# shellcheck source=launch/hand_on_sigterm.sh
+source "$(dirname "$0")/hand_on_sigterm.sh"
 
 VENV=${VENV:-.venv}                            # EDIT: where ksl_ds is installed
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}   # EDIT: cores of the machine / ranks
@@ -26,12 +28,4 @@ ranks=()
 [ -z "${RANKS:-}" ] || ranks=(--num_accelerators "$RANKS")
 
 # --master_port 0 is not understood by the launcher; a second job on this machine needs another PORT.
-deepspeed "${ranks[@]}" --master_port "${PORT:-29500}" --module ksl_ds "$@" &
-job=$!
-# On one machine deepspeed does not hand a SIGTERM on to its child, which would end the ranks in order.
-trap 'pkill -TERM -P "$job" || true' TERM
-status=0
-while kill -0 "$job" 2>/dev/null; do
-    wait "$job" && status=0 || status=$? # a signal ends the waiting too
-done
-exit "$status"
+hand_on_sigterm deepspeed "${ranks[@]}" --master_port "${PORT:-29500}" --module ksl_ds "$@"

@@ -18,9 +18,9 @@ partitioned into N parts, rounded up:
     working      activations, logits and passing gradients, measured by a dry run (model/dry_run.py); unknown where
                  an architecture does not run there
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
-    wire, step   stage 3: a micro-batch receives b P (N-1)/N of weights in the forward pass and again in the backward pass,
-                 less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small parameters that are
-                 whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen weights after the
+    wire, step   of one micro-batch. Stage 3: it receives b P (N-1)/N of weights in the forward pass and again in the
+                 backward pass, less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small
+                 parameters that are whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen weights after the
                  backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b T (N-1)/N of
                  gradients, all-reduced, and half as much of new weights in stages 1 and 2
     wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
@@ -98,7 +98,6 @@ class ModelDims:
     weight_bytes: int  # of one element: 2 or 4
     vocab_size: int
     width: int
-    micro_batches: int = 1  # of a rank in an optimizer step
     reserved: int = 0  # bytes of a GPU that are nobody's, for CUDA and NCCL
 
 
@@ -149,11 +148,9 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
     moved = (ranks - 1) / ranks
     trained = sum(method.trained)
     if sharded:
-        wire_step = (
-            training.micro_batches * b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
-        )
+        wire_step = b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
     else:
-        wire_step = b * trained * (2 * training.micro_batches + (1 if zero.stage else 0))
+        wire_step = b * trained * (3 if zero.stage else 2)
     wire_draw = 8 * training.vocab_size * moved + (4 * training.width if ranks > 1 and sharded else 0)
 
     on_host = set()

@@ -11,7 +11,6 @@ compared, since users edit the base model's name there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ksl_ds.errors import UserError
-from ksl_ds.files import Count, Record, atomic_folder, checked, read_json
+from ksl_ds.files import Count, Record, atomic_folder, bytes_sha256, checked, file_sha256, read_json
 from ksl_ds.lottery.pvalues import PValueMethod
 
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +83,7 @@ class _TicketRecord(Record):
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes in its own dtype."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return bytes_sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def write_ticket(
@@ -115,7 +114,7 @@ def write_ticket(
             "format_version": FORMAT_VERSION,
             **record,
             "modules": module_names,
-            "files": {name: _sha256((draft / name).read_bytes()) for name in (ADAPTER_MODEL, KS_TENSORS)},
+            "files": {name: file_sha256(draft / name) for name in (ADAPTER_MODEL, KS_TENSORS)},
         }
         _write_json(draft / TICKET_JSON, {**record, "sha256": _record_sha256(record)})
 
@@ -187,7 +186,7 @@ def _adapter_config(record: dict[str, Any], module_name: str) -> dict[str, Any]:
 
 def _read_tensors(path: Path, checksums: dict[str, str], names: set[str]) -> dict[str, Tensor]:
     content = path.read_bytes()
-    if _sha256(content) != checksums.get(path.name):
+    if bytes_sha256(content) != checksums.get(path.name):
         raise ValueError(
             f"{path} does not match its checksum in {TICKET_JSON}; it is truncated, damaged or of another ticket"
         )
@@ -212,8 +211,4 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _record_sha256(record: dict[str, Any]) -> str:
-    return _sha256(json.dumps(record, sort_keys=True).encode())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return bytes_sha256(json.dumps(record, sort_keys=True).encode())

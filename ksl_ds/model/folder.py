@@ -403,16 +403,6 @@ class ModelFolder(Shards):
         return name
 
     @cached_property
-    def head_name(self) -> str | None:
-        """The output head's name in the files; None when tied."""
-        if self.tied or self.head_module is None:
-            return None
-        name = self.stored_name(f"{self.head_module}.weight")
-        if name is None:
-            raise UserError(f"{self.path}: the checkpoint lacks the output head {self.head_module}.weight")
-        return name
-
-    @cached_property
     def end_ids(self) -> list[int]:
         """End-of-sequence token ids of generation_config.json, or of config.json if that file is missing.
 

@@ -7,7 +7,6 @@ them and names the hosts with a problem.
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
 import socket
@@ -26,6 +25,7 @@ from ksl_ds.environment import Environment
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import min_ranks, rank_needs
 from ksl_ds.estimate.plan import Estimated, Plan, plan_of
+from ksl_ds.files import bytes_sha256
 from ksl_ds.model.adapters import ALL_LINEAR
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.model.methods import prepare_method
@@ -154,7 +154,7 @@ def model_check(checks: Checklist, recipe: Recipe) -> ModelFolder | None:
         rows, width = folder.shape(folder.embedding_name)
         folder.tokenizer()
         files = sorted((path.name, path.stat().st_size) for path in folder.path.glob("*") if path.suffix in COMPARED)
-        digest = hashlib.sha256((folder.path / "config.json").read_bytes() + repr(files).encode()).hexdigest()
+        digest = bytes_sha256((folder.path / "config.json").read_bytes() + repr(files).encode())
         code = ", runs code of its repository (model.trust_remote_code)" if model.trust_remote_code else ""
         return f"{folder.path}: embedding {rows:,} x {width:,}{code}", digest
 

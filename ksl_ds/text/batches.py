@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -146,6 +146,11 @@ def rank_micro_batches(
     count = math.ceil(len(longest_first) / (world_size * micro_batch_size))
     mine = longest_first[rank::world_size]
     return [mine[number * micro_batch_size : (number + 1) * micro_batch_size] for number in range(count)]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that fills short rows: the tokenizer's own, else 0. Such positions are masked, so any id serves."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def collate_training(examples: list[Example], pad_id: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 
 from ksl_ds import distributed
 from ksl_ds.config.schema import Evaluation
-from ksl_ds.text.batches import collate_prompts
+from ksl_ds.text.batches import collate_prompts, padding_id
 
 
 @dataclass
@@ -67,7 +67,7 @@ def translate(
         most = -(-len(by_length[:: distributed.world_size()]) // evaluation.batch_size)  # as rank 0 has
         batches += [[]] * (most - len(batches))
     end_ids = end_tokens(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    pad_id = padding_id(tokenizer)
     search = search_settings(evaluation, end_ids, pad_id)
     was_training = model.training
     model.eval()

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +45,8 @@ class TrainingStats:
     steps: int = 0
     planned_steps: int = 0
     seconds: float = 0.0
-    tokens: int = 0
     peak_memory_bytes: int = 0  # of this rank
     optimizer_bytes: int = 0  # Adam's moments on all ranks
-    losses: list[float] = field(default_factory=list)
     valid_loss: float | None = None
     settled: bool = False  # ended before its planned steps, since the ticket had settled
 
@@ -136,8 +134,6 @@ def train(
                     )
                 batch_tokens = sum(len(examples[index]) for index in indices)
                 outcome.steps = step + 1
-                outcome.tokens = outcome.tokens + batch_tokens
-                outcome.losses.append(loss)
                 seconds = time.perf_counter() - step_started
                 numbers, outcome.settled = monitor(step + 1) if monitor is not None else ({}, False)
                 last = outcome.settled or step + 1 == outcome.planned_steps
@@ -227,8 +223,8 @@ def _resume(
     """Goes back to the newest checkpoint, if there is one, and drops what was logged after it."""
     saved = checkpoints.load(state)
     if saved is not None:
-        for name, value in saved["outcome"].items():
-            setattr(outcome, name, value)
+        for item in fields(outcome):
+            setattr(outcome, item.name, saved["outcome"][item.name])
         if monitor is not None:
             monitor.load_state_dict(saved["monitor"])
         logger.info(f"resuming {stage.label} after step {outcome.steps} of {outcome.planned_steps}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
-from ksl_ds.files import write_text
+from ksl_ds.files import blocks_sha256, write_text
 from ksl_ds.model.folder import ModelFolder
 from ksl_ds.model.load import free_weights, load_model, open_folder, weight_digests
 from ksl_ds.model.methods import prepare_method
@@ -38,7 +37,7 @@ from ksl_ds.report.records import (
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
-from ksl_ds.text.batches import check_positions, encode_corpus
+from ksl_ds.text.batches import check_positions, encode_corpus, padding_id
 from ksl_ds.text.corpus import Corpus, load_corpus
 from ksl_ds.text.packing import Packing
 from ksl_ds.text.prompt import Example, Prompt
@@ -76,8 +75,8 @@ class RunContext:
 
     @property
     def pad_id(self) -> int:
-        """Fills short sequences; masked by position, so any id serves."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        """Fills short sequences."""
+        return padding_id(self.tokenizer)
 
     @property
     def stages(self) -> dict[str, StageResult]:
@@ -246,7 +245,5 @@ def _begin(run_dir: Path, recipe: Recipe, inputs: dict[str, Any], stages: Iterab
 
 def corpus_sha256(corpus: Corpus) -> str:
     """SHA-256 of the pairs in their order, which must not change on resume."""
-    digest = hashlib.sha256()
-    for pair in corpus.pairs:
-        digest.update(f"{pair.source}\t{pair.target}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    lines = (f"{pair.source}\t{pair.target}\n".encode("utf-8", "surrogatepass") for pair in corpus.pairs)
+    return blocks_sha256(lines)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from helpers.runs import losses
 from helpers.tiny import make_model_folder
 
 from ksl_ds import distributed
@@ -47,7 +48,7 @@ def tune(architecture: str, packing: str, *words: str) -> tuple[list[float], flo
             tuning=recipe.full_tuning,
             at_end=lambda: None,
         )
-        return outcome.losses, outcome.valid_loss, run.proved[1].layout
+        return losses(run.dir, Stage.FULL_TUNING), outcome.valid_loss, run.proved[1].layout
 
 
 for architecture in EXACT:
