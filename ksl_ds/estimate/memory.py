@@ -20,9 +20,9 @@ partitioned into N parts, rounded up:
     snapshot     4 V D / N of host memory for the embedding before tuning, method embed only
     wire, step   of one micro-batch. Stage 3: it receives b P (N-1)/N of weights in the forward pass and again in the
                  backward pass, less what stayed whole, and b T (N-1)/N of gradients; an optimizer step, the small
-                 parameters that are whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen weights after the
-                 backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b T (N-1)/N of
-                 gradients, all-reduced, and half as much of new weights in stages 1 and 2
+                 parameters that are whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen
+                 weights after the backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b
+                 T (N-1)/N of gradients, all-reduced, and half as much of new weights in stages 1 and 2
     wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
 
 The optimizer's step and the forward and backward passes are not at the same time, so the peak is the states, the buffers,
