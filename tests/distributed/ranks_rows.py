@@ -2,18 +2,18 @@
 
 import itertools
 import unittest.mock
+from functools import partial
 
 import deepspeed
 import torch
+from helpers.cases import run_cases
 from helpers.tiny import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ksl_ds import distributed, train_only_rows
-from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
+from ksl_ds.sharding.engine import destroy_engine
 from ksl_ds.sharding.rows import RowShard
 
-distributed.initialize()
-set_library_verbosity(False)
 VOCABULARY, STEPS, CHOSEN = 67, 50, [3, 5, 66]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # DeepSpeed wants a CPU that is fast in fp16; a slow one computes it too.
@@ -85,17 +85,27 @@ def check(*case, **options):
     assert norm is None or 0 < float(norm) < 100, case
 
 
-cases = itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (True, False))
-for number, (stage, precision, tied) in enumerate(cases):
-    check(stage, precision, tied, number % 2 == 0, offload=False, steps=STEPS if stage == 3 else 10)
-check(3, "bf16", True, False, offload=True, steps=10)
-check(2, "fp32", False, True, offload=True, steps=10)
-# Stage 0 in 16 bits, whose masters only DeepSpeed's wrappers know: one that keeps them apart, and one flat.
-check(0, "fp16", True, True, offload=False, steps=10)
-check(0, "bf16", False, True, offload=False, steps=5, whole_model=True)
-with unittest.mock.patch.object(deepspeed.runtime.engine, "FusedAdam", torch.optim.AdamW):
-    check(0, "bf16", True, True, offload=False, steps=5, whole_model=True)
-    check(0, "bf16", False, False, offload=False, steps=5, whole_model=True)
-# Other parameters that train along, in the same group, are none of its business.
-check(3, "fp32", False, True, offload=False, steps=5, whole_model=True)
-distributed.shutdown()
+def check_flat(*case, **options):
+    """Stage 0 in 16 bits with masters in one flat tensor, as for DeepSpeed's FusedAdam."""
+    with unittest.mock.patch.object(deepspeed.runtime.engine, "FusedAdam", torch.optim.AdamW):
+        check(*case, **options)
+
+
+CASES = {}
+for number, (stage, precision, tied) in enumerate(itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (True, False))):
+    CASES[f"stage {stage}, {precision}, {'tied' if tied else 'untied'}"] = partial(
+        check, stage, precision, tied, number % 2 == 0, offload=False, steps=STEPS if stage == 3 else 10
+    )
+CASES |= {
+    "offload, stage 3": partial(check, 3, "bf16", True, False, offload=True, steps=10),
+    "offload, stage 2": partial(check, 2, "fp32", False, True, offload=True, steps=10),
+    # Stage 0 in 16 bits, whose masters only DeepSpeed's wrappers know: some keep them apart, some flat.
+    "masters apart, fp16": partial(check, 0, "fp16", True, True, offload=False, steps=10),
+    "masters apart, bf16": partial(check, 0, "bf16", False, True, offload=False, steps=5, whole_model=True),
+    "masters flat, early": partial(check_flat, 0, "bf16", True, True, offload=False, steps=5, whole_model=True),
+    "masters flat, late": partial(check_flat, 0, "bf16", False, False, offload=False, steps=5, whole_model=True),
+    # Other parameters that train along, in the same group, are none of its business.
+    "whole model": partial(check, 3, "fp32", False, True, offload=False, steps=5, whole_model=True),
+}
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -1,18 +1,17 @@
 """Run by test_ticket_modes.py on several ranks: the two ways to train a ticket give the same losses and rows."""
 
-import itertools
+from functools import partial
 
 import deepspeed
 import torch
+from helpers.cases import run_cases
 from helpers.tiny import SHAPES, random_model
 
 from ksl_ds import distributed, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
-from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
+from ksl_ds.sharding.engine import destroy_engine
 from ksl_ds.sharding.rows import RowShard
 
-distributed.initialize()
-set_library_verbosity(False)
 VOCABULARY, STEPS = 67, 50
 TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them
 
@@ -84,23 +83,32 @@ def compare(*case, tolerance, **options):
     assert moved > 0.01, case
 
 
-# Stages 2 and 3, tied and untied, with every architecture, over the two numbers of ranks that the test starts.
-kinds = ((2, True), (3, False)) if distributed.world_size() == 2 else ((3, True),)
-for architecture, (stage, tied) in itertools.product(SHAPES, kinds):
-    compare(architecture, tied, stage, tolerance=1e-6)
-compare("llama", True, 0, tolerance=1e-6, steps=10)
-compare("llama", False, 1, tolerance=1e-6, steps=10, accumulation=2)
-compare("llama", True, 3, tolerance=1e-6, steps=10, accumulation=2, offload_optimizer={"device": "cpu"})
-# In 16 bits a difference rounds otherwise than a row does.
-compare("llama", True, 3, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
-compare("gemma", False, 2, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
-compare("llama", True, 0, tolerance=3e-2, steps=10, dtype=torch.bfloat16)
-# A ticket of all rows is embed tuning, to the bit; without decay, which goes elsewhere there.
-everything = torch.arange(VOCABULARY)
-for stage, dtype in ((3, torch.float32), (2, torch.bfloat16)):
+def compare_stages(architecture):
+    """Stages 2 and 3, tied and untied, over the two numbers of ranks that the test starts."""
+    for stage, tied in ((2, True), (3, False)) if distributed.world_size() == 2 else ((3, True),):
+        compare(architecture, tied, stage, tolerance=1e-6)
+
+
+def compare_with_embed_tuning(stage, dtype):
+    """A ticket of all rows is embed tuning, to the bit; without decay, which goes elsewhere there."""
     ours, theirs = (
-        train(mode, "llama", True, stage, dtype, steps=10, ticket=everything, decay=0.0)
+        train(mode, "llama", True, stage, dtype, steps=10, ticket=torch.arange(VOCABULARY), decay=0.0)
         for mode in ("hooks", "embed tuning")
     )
-    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), (stage, dtype)
-distributed.shutdown()
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+CASES = {architecture: partial(compare_stages, architecture) for architecture in SHAPES} | {
+    "stage 0": partial(compare, "llama", True, 0, tolerance=1e-6, steps=10),
+    "stage 1": partial(compare, "llama", False, 1, tolerance=1e-6, steps=10, accumulation=2),
+    "offload": partial(compare, "llama", True, 3, tolerance=1e-6, steps=10, accumulation=2, **OFFLOAD),
+    # In 16 bits a difference rounds otherwise than a row does.
+    "bf16, stage 3": partial(compare, "llama", True, 3, tolerance=3e-2, steps=10, dtype=torch.bfloat16),
+    "bf16, stage 2": partial(compare, "gemma", False, 2, tolerance=3e-2, steps=10, dtype=torch.bfloat16),
+    "bf16, stage 0": partial(compare, "llama", True, 0, tolerance=3e-2, steps=10, dtype=torch.bfloat16),
+    "all rows, fp32": partial(compare_with_embed_tuning, 3, torch.float32),
+    "all rows, bf16": partial(compare_with_embed_tuning, 2, torch.bfloat16),
+}
+if __name__ == "__main__":
+    run_cases(CASES)

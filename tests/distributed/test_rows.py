@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import ranks_rows
 import torch
+from helpers.cases import job_of_cases
 from helpers.processes import launch, run, succeeds
 from helpers.tiny import make_model_folder, write_pairs
 
@@ -25,10 +27,13 @@ tracking: {wandb: "off"}
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_other_rows_stay(ranks, tmp_path):
-    """50 steps of AdamW with weight decay .1, momentum, clipping and accumulation, stages 0 to 3, tied and untied."""
-    succeeds(launch(ranks, Path(__file__).parent / "ranks_rows.py", cwd=tmp_path))
+rows = job_of_cases(ranks_rows, ranks=[1, 2])
+
+
+@pytest.mark.parametrize("case", ranks_rows.CASES)
+def test_other_rows_stay(case, rows):
+    """5 to 50 steps of AdamW with weight decay .1, momentum, clipping and accumulation, stages 0 to 3, tied and untied."""
+    rows(case)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
