@@ -2,9 +2,11 @@
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
+from helpers.cases import run_cases
 from torch.utils._pytree import tree_iter
 
 from ksl_ds import distributed
@@ -16,7 +18,7 @@ from ksl_ds.model.adapters import adapter_config, with_adapter
 from ksl_ds.model.dry_run import LiveBytes
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
-from ksl_ds.sharding.engine import adamw, set_library_verbosity, training_engine
+from ksl_ds.sharding.engine import adamw, training_engine
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.text.batches import collate_training
 from ksl_ds.text.prompt import Example
@@ -37,7 +39,7 @@ SOME_STAYS = {
     "stage3_param_persistence_threshold": 200,
 }
 # Name: DeepSpeed's settings, precision, checkpointing, the methods measured one after the other.
-CASES = {
+SETTINGS = {
     "nothing stays": (NOTHING_STAYS, "bf16", False, ("full", "embed")),
     "some stays": (SOME_STAYS, "bf16", True, ("full", "embed", "ticket, hooks", "ticket, rows", "lora")),
     "fp32": (NOTHING_STAYS, "fp32", False, ("embed",)),
@@ -135,50 +137,46 @@ def measure(run, method: str) -> dict[str, float]:
     return found
 
 
-distributed.initialize()
-set_library_verbosity(False)
-report = {}
-for number, (name, (section, precision, checkpointing, methods)) in enumerate(CASES.items()):
+def check(name: str) -> None:
+    section, precision, checkpointing, methods = SETTINGS[name]
     if distributed.is_rank0():
         section = {"stage": 3, "reduce_bucket_size": 50_000, **section}
-        Path(f"{number}.json").write_text(json.dumps({"zero_optimization": section}))
+        Path(f"{name}.json").write_text(json.dumps({"zero_optimization": section}))
     distributed.barrier()
     recipe = load_recipe(
         Recipe,
         "recipe.yaml",
         [
-            f"run_dir=run{number}", f"deepspeed={number}.json", f"training.precision={precision}", "method=lora",
+            f"run_dir=run {name}", f"deepspeed={name}.json", f"training.precision={precision}", "method=lora",
             f"training.micro_batch_size={BATCH}", f"training.batch_size={BATCH * distributed.world_size()}",
             f"training.gradient_checkpointing={str(checkpointing).lower()}", f"text.max_length={LENGTH}",
         ],
     )  # fmt: skip
     plan = plan_of(recipe, RESPONSE, ROWS)
     training = plan.training()
+    report = {}
     with open_run(recipe) as run:
         for method in methods:
-            needs = rank_needs(
-                plan.method(Estimated(method), checkpointing=checkpointing),
-                training,
-                plan.zero,
-                distributed.world_size(),
-            )
-            report[f"{name}: {method}"] = (measure(run, method), needs)
-for name, (found, needs) in report.items():
-    states = needs.weights + needs.optimizer + needs.buffers
-    said = {
-        "weights": needs.weights,
-        "gradients": needs.gradients,
-        "optimizer": needs.optimizer,
-        # Below stage 3 gradients are made in the backward pass and dropped in the step.
-        "all": states + (needs.gradients if "gradients" in found else 0),
-        "passes": needs.gathered + needs.working,
-        "step": needs.step,
-        "wire": needs.wire_step,
-    }
-    for kind, estimated in said.items():
-        if kind in found:
-            ratio = estimated / found[kind]
-            if distributed.is_rank0():
-                print(f"{name:28} {kind:10} measured {found[kind]:10.0f} estimated {estimated:10.0f} ratio {ratio:.3f}")
-            assert 0.9 <= ratio <= 1.1, (name, kind, found[kind], estimated)
-distributed.shutdown()
+            cost = plan.method(Estimated(method), checkpointing=checkpointing)
+            report[method] = (measure(run, method), rank_needs(cost, training, plan.zero, distributed.world_size()))
+    for method, (found, needs) in report.items():
+        states = needs.weights + needs.optimizer + needs.buffers
+        said = {
+            "weights": needs.weights,
+            "gradients": needs.gradients,
+            "optimizer": needs.optimizer,
+            # Below stage 3 gradients are made in the backward pass and dropped in the step.
+            "all": states + (needs.gradients if "gradients" in found else 0),
+            "passes": needs.gathered + needs.working,
+            "step": needs.step,
+            "wire": needs.wire_step,
+        }
+        for kind, estimated in said.items():
+            if kind in found:
+                ratio = estimated / found[kind]
+                assert 0.9 <= ratio <= 1.1, (method, kind, found[kind], estimated)
+
+
+CASES = {name: partial(check, name) for name in SETTINGS}
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -5,22 +5,24 @@ SIGTERM reaches one rank in the midst of a step; every method, with weight decay
 
 import fcntl
 import json
+import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
+from helpers.cases import run_cases
+from safetensors.torch import load_file
 
-from ksl_ds import distributed
+from ksl_ds import distributed, draw_ticket
 from ksl_ds.commands import tune
 from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.report.tracking import Tracker
-from ksl_ds.sharding.engine import set_library_verbosity
 
-distributed.initialize()
-set_library_verbosity(False)
 STEPS, ENDS_AFTER = 6, 4
 log = Tracker.log
 
@@ -49,7 +51,7 @@ def lines(run_dir: str, stage: str) -> list[tuple[float, ...]]:
 
 COMMON = ["training.batch_size=8", "text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]"]
 ROWS = ["method=ticket", "ticket=ticket", "partial_tuning.weight_decay=0.1"]
-CASES = {
+METHODS = {
     "embed": ("embed_tuning", ["embed_tuning.weight_decay=0.1", "draw.every=2", "draw.alpha=0.9"]),
     "rows": ("partial_tuning", ROWS),
     "hooks": ("partial_tuning", [*ROWS, "partial_tuning.mode=hooks"]),
@@ -61,7 +63,12 @@ CASES = {
 }
 COMMON += [f"{name}.max_steps={STEPS}" for name in ("embed_tuning", "partial_tuning", "full_tuning", "lora", "prefix")]
 
-for name, (stage, words) in CASES.items():
+
+def resume(name: str) -> None:
+    """A run that is stopped after step 4 and resumed has the losses, the scores and the rows of one that was not."""
+    stage, words = METHODS[name]
+    if stage == "partial_tuning":
+        make_ticket()
     whole, parts = f"{name} whole", f"{name} parts"
     train(whole, *words)
     train(parts, *words, stopped=True)
@@ -73,69 +80,101 @@ for name, (stage, words) in CASES.items():
     distributed.barrier()
     train(parts, *words, "resume=auto")
     assert len(lines(whole, stage)) == STEPS
-    assert lines(parts, stage) == lines(whole, stage), (name, lines(parts, stage), lines(whole, stage))
+    assert lines(parts, stage) == lines(whole, stage), (lines(parts, stage), lines(whole, stage))
     results = [json.loads(Path(folder, "results.json").read_text()) for folder in (whole, parts)]
     losses = [result["stages"][stage]["test_loss"] for result in results]
-    assert losses[0] == losses[1], (name, losses)
+    assert losses[0] == losses[1], losses
     assert results[1]["resumed"][0]["step"] == ENDS_AFTER
     assert not Path(parts, "checkpoints", f"{stage}_steps").exists()
     stage_of_whole = results[0]["stages"][stage]
     assert stage_of_whole["tuned_file_bytes"] > 0 and stage_of_whole["optimizer_bytes"] > 0
-    if name == "embed":
-        distributed.barrier()
-        if distributed.is_rank0():  # the ticket that all later cases train
-            Path(whole, "checkpoints", "partial_transfer").rename("ticket")
-        distributed.barrier()
-    elif stage == "partial_tuning":
+    if stage == "partial_tuning":
         rows = [Ticket.load(Path(folder, "ticket")).rows_KD for folder in (whole, parts)]
-        assert torch.equal(*rows), name
+        assert torch.equal(*rows)
 
-# A run that is complete has nothing left to do, and stays as it is.
-before = Path("rows parts", "results.json").read_text()
-train("rows parts", *ROWS, "resume=auto")
-after = json.loads(Path("rows parts", "results.json").read_text())
-assert after["stages"] == json.loads(before)["stages"]
 
-# What resume=auto cannot resume, in a sentence on every rank.
-MISTAKES = {
-    ("run_dir=rows parts",): ["already holds a run", "resume=auto"],
-    ("run_dir=rows parts", "resume=auto", "training.max_grad_norm=2"): ["training.max_grad_norm=1.0", "2.0"],
-    ("run_dir=model", "resume=auto"): ["model", "recipe.yaml"],
-    ("run_dir=rows parts", "resume=auto", "text.train=other.jsonl"): ["text.train"],
-}
-if distributed.is_rank0():
-    Path("other.jsonl").write_text(Path("pairs.jsonl").read_text())
-distributed.barrier()
-for overrides, expected in MISTAKES.items():
-    try:
-        tune.main(load_recipe(Recipe, "recipe.yaml", [*COMMON, *ROWS, *overrides]))
-    except UserError as error:
-        message = str(error)
-    else:
-        message = "no error"
-    assert len(set(distributed.gather_objects(message))) == 1
-    assert all(word in message for word in expected), (overrides, message)
-
-# A folder in which another run is at work.
-with Path("rows parts", ".lock").open("w") as lock:
-    if distributed.is_rank0():
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def make_ticket() -> None:
+    """The ticket of some rows, moved, that the cases of a ticket train."""
+    if distributed.is_rank0() and not Path("ticket").exists():
+        base_VD = load_file("model/model.safetensors")["model.embed_tokens.weight"]
+        draw_ticket(base_VD, base_VD + 0.5 * torch.eye(*base_VD.shape), selection="top_k", top_k=9).save(
+            Path("ticket"), "model.embed_tokens"
+        )
     distributed.barrier()
-    try:
-        train("rows parts", *ROWS, "resume=auto")
-        raise AssertionError("the lock was not noticed")
-    except UserError as error:
-        assert "in use by another run" in str(error), error
 
-# The same file with other sentences in it.
-train("text parts", *CASES["rows"][1], stopped=True)
-if distributed.is_rank0():
-    first, *others = Path("pairs.jsonl").read_text().splitlines(keepends=True)
-    Path("pairs.jsonl").write_text("".join([*others, first.replace("cat", "dog")]))
-distributed.barrier()
-try:
-    train("text parts", *CASES["rows"][1], "resume=auto")
-    raise AssertionError("the changed text was not noticed")
-except UserError as error:
-    assert "text.train (pairs.jsonl) has changed" in str(error), error
-distributed.shutdown()
+
+def finished_run() -> str:
+    """The folder of a finished training of a ticket's rows."""
+    make_ticket()
+    if distributed.run_on_rank0(lambda: not Path("finished").exists()):
+        train("finished", *ROWS)
+    return "finished"
+
+
+def complete() -> None:
+    """A run that is complete has nothing left to do, and stays as it is."""
+    folder = finished_run()
+    before = json.loads(Path(folder, "results.json").read_text())
+    train(folder, *ROWS, "resume=auto")
+    after = json.loads(Path(folder, "results.json").read_text())
+    assert after["stages"] == before["stages"]
+
+
+def mistakes() -> None:
+    """What resume=auto cannot resume, in a sentence on every rank."""
+    folder = finished_run()
+    expected_of = {
+        (f"run_dir={folder}",): ["already holds a run", "resume=auto"],
+        (f"run_dir={folder}", "resume=auto", "training.max_grad_norm=2"): ["training.max_grad_norm=1.0", "2.0"],
+        ("run_dir=model", "resume=auto"): ["model", "recipe.yaml"],
+        (f"run_dir={folder}", "resume=auto", "text.train=other.jsonl"): ["text.train"],
+    }
+    if distributed.is_rank0():
+        Path("other.jsonl").write_text(Path("pairs.jsonl").read_text())
+    distributed.barrier()
+    for overrides, expected in expected_of.items():
+        try:
+            tune.main(load_recipe(Recipe, "recipe.yaml", [*COMMON, *ROWS, *overrides]))
+        except UserError as error:
+            message = str(error)
+        else:
+            message = "no error"
+        assert len(set(distributed.gather_objects(message))) == 1
+        assert all(word in message for word in expected), (overrides, message)
+
+
+def in_use() -> None:
+    """A folder in which another run is at work."""
+    folder = finished_run()
+    with Path(folder, ".lock").open("w") as lock:
+        if distributed.is_rank0():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        distributed.barrier()
+        with pytest.raises(UserError, match="in use by another run"):
+            train(folder, *ROWS, "resume=auto")
+
+
+def changed_text() -> None:
+    """The same file with other sentences in it."""
+    make_ticket()
+    if distributed.is_rank0():
+        shutil.copy("pairs.jsonl", "changing.jsonl")
+    distributed.barrier()
+    words = [*ROWS, "text.train=changing.jsonl"]
+    train("text parts", *words, stopped=True)
+    if distributed.is_rank0():
+        first, *others = Path("changing.jsonl").read_text().splitlines(keepends=True)
+        Path("changing.jsonl").write_text("".join([*others, first.replace("cat", "dog")]))
+    distributed.barrier()
+    with pytest.raises(UserError, match=r"text.train \(changing.jsonl\) has changed"):
+        train("text parts", *words, "resume=auto")
+
+
+CASES = {name: partial(resume, name) for name in METHODS} | {
+    "complete": complete,
+    "mistakes": mistakes,
+    "in use": in_use,
+    "changed text": changed_text,
+}
+if __name__ == "__main__":
+    run_cases(CASES)

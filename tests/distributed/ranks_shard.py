@@ -8,6 +8,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.cases import run_cases
 from torch import nn
 
 from ksl_ds import distributed
@@ -15,12 +16,10 @@ from ksl_ds.errors import UserError
 from ksl_ds.lottery.ks import row_counts
 from ksl_ds.lottery.ticket import measure_shift
 from ksl_ds.sharding.draw import sharded_shift
-from ksl_ds.sharding.engine import destroy_engine, set_library_verbosity
+from ksl_ds.sharding.engine import destroy_engine
 from ksl_ds.sharding.rows import RowShard
 
-distributed.initialize()
-set_library_verbosity(False)
-RANKS, ZERO3 = distributed.world_size(), {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+ZERO3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 # Prime and odd sizes, a row on several ranks, more ranks than rows, one row, one column, nothing to cut.
 SHAPES = [(7, 5), (13, 11), (64, 8), (3, 101), (2, 7), (1, 1), (1, 9), (97, 1), (50, 16), (5, 3)]
 
@@ -78,17 +77,17 @@ def check(parameter: nn.Parameter, values_VD: torch.Tensor, other_VD: torch.Tens
     assert torch.equal(bits(read_RD), bits(values_VD[shard.start : shard.stop]))
 
 
-for number, (num_rows, width) in enumerate(SHAPES):
+def check_shape(number: int, partitioned: bool) -> None:
+    num_rows, width = SHAPES[number]
     values_VD, other_VD = matrix(num_rows, width, number), matrix(num_rows, width, 100 + number)
-    for partitioned in (True, False):
-        embedding = nn.Embedding(num_rows, width)
-        with torch.no_grad():
-            embedding.weight.copy_(values_VD)
-        if partitioned:
-            deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
-        check(embedding.weight, values_VD, other_VD)
+    embedding = nn.Embedding(num_rows, width)
+    with torch.no_grad():
+        embedding.weight.copy_(values_VD)
+    if partitioned:
+        deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
+    check(embedding.weight, values_VD, other_VD)
 
-# Under engines: the fp32 masters are read and written, and after the engine is gone the weights.
+
 # DeepSpeed wants a CPU that is fast in fp16; a slow one computes it too.
 deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 ENGINES = [
@@ -99,8 +98,10 @@ ENGINES = [
     (3, "offload_param", "bf16"),
 ]
 WIDTH = 7
-for stage, offload, precision in ENGINES:
-    case = (stage, offload, precision)
+
+
+def check_engine(stage: int, offload: str | None, precision: str) -> None:
+    """Under engines the fp32 masters are read and written, and after the engine is gone the weights."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Embedding(31, WIDTH), nn.Linear(WIDTH, WIDTH))
     module[1].requires_grad_(False)
@@ -132,46 +133,47 @@ for stage, offload, precision in ENGINES:
         master_VD = inner.param_groups[0]["params"][0].detach().clone()
     master_VD = master_VD.view(31, WIDTH)
     start, stop = shard.start, shard.stop
-    assert torch.equal(shard.read(), master_VD[start:stop]), case
-    assert torch.equal(shard.read_rows(torch.arange(31)), master_VD), case
-    assert not torch.equal(shard.read(), before_RD) or start == stop, case
+    assert torch.equal(shard.read(), master_VD[start:stop])
+    assert torch.equal(shard.read_rows(torch.arange(31)), master_VD)
+    assert not torch.equal(shard.read(), before_RD) or start == stop
     if precision != "fp32":
         # What makes masters worth reading: they are finer than the weights.
-        assert not torch.equal(master_VD, whole(weight).float()), case
+        assert not torch.equal(master_VD, whole(weight).float())
     shift, expected = sharded_shift(shard, before_RD, lengths=False), row_counts(all_rows(before_RD), master_VD)
-    assert torch.equal(shift.count_V, expected), case
+    assert torch.equal(shift.count_V, expected)
     # A matrix that trains alone is cut in nearly equal parts, so that only pieces of rows travel.
     shard.traffic.sent = shard.traffic.received = 0
     shard.read()
-    assert max(shard.traffic.sent, shard.traffic.received) <= 2 * WIDTH * 4, (case, shard.traffic)
+    assert max(shard.traffic.sent, shard.traffic.received) <= 2 * WIDTH * 4, shard.traffic
     # Back to the rows before: masters, weights, and what the engine computes with them, also of a small parameter that
     # stays gathered.
     shard.write(before_RD)
-    assert torch.equal(shard.read(), before_RD), case
-    assert torch.equal(whole(weight).float()[start:stop], before_RD), case
+    assert torch.equal(shard.read(), before_RD)
+    assert torch.equal(whole(weight).float()[start:stop], before_RD)
     with torch.no_grad():
-        assert torch.equal(engine(torch.arange(31)), output_before), case
+        assert torch.equal(engine(torch.arange(31)), output_before)
     shard.write_rows(torch.tensor([30, 2]), torch.stack([torch.ones(WIDTH), torch.zeros(WIDTH)]))
     assert torch.equal(shard.read_rows(torch.tensor([2, 30])), torch.stack([torch.zeros(WIDTH), torch.ones(WIDTH)]))
     # Training goes on from what was written.
     engine.backward(engine(torch.arange(31)).float().square().sum())
     engine.step()
-    assert (shard.read_rows(torch.tensor([30])) - 1).abs().max() < 0.05, case
+    assert (shard.read_rows(torch.tensor([30])) - 1).abs().max() < 0.05
     destroy_engine(engine)
-    assert torch.equal(shard.read(), whole(weight).float()[start:stop]), case
+    assert torch.equal(shard.read(), whole(weight).float()[start:stop])
 
-# A row that is not finite on one rank is the same sentence on all.
-embedding = nn.Embedding(40, 4)
-deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
-shard = RowShard(embedding.weight)
-before_RD = shard.read()
-shard.write_rows(torch.tensor([39]), torch.full((1, 4), torch.nan))
-for lengths in (True, False):
-    message = mistake(partial(sharded_shift, shard, before_RD, lengths=lengths))
-    assert "row 39 of after" in message, message
 
-# A collective that gives one rank another value than the others does not pass for a draw.
-shard.write(before_RD)
+def check_not_finite() -> None:
+    """A row that is not finite on one rank is the same sentence on all."""
+    embedding = nn.Embedding(40, 4)
+    deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
+    shard = RowShard(embedding.weight)
+    before_RD = shard.read()
+    shard.write_rows(torch.tensor([39]), torch.full((1, 4), torch.nan))
+    for lengths in (True, False):
+        message = mistake(partial(sharded_shift, shard, before_RD, lengths=lengths))
+        assert "row 39 of after" in message, message
+
+
 honest = distributed.all_reduce
 
 
@@ -182,35 +184,67 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return reduced
 
 
-if RANKS > 1:
-    with (
-        pytest.raises(RuntimeError, match="the ranks disagree"),
-        unittest.mock.patch.object(distributed, "all_reduce", all_reduce),
-    ):
-        sharded_shift(shard, before_RD, lengths=False)
-
-# What is cut over some of the ranks only is refused, not misread.
-if RANKS > 1:
-    groups = [dist.new_group([rank]) for rank in range(RANKS)]
+def check_disagreement() -> None:
+    """A collective that gives one rank another value than the others does not pass for a draw."""
     embedding = nn.Embedding(40, 4)
-    deepspeed.zero.Init(module=embedding, data_parallel_group=groups[distributed.rank()], config_dict_or_path=ZERO3)
-    message = mistake(partial(RowShard, embedding.weight))
-    assert "mics_shard_size" in message, message
+    deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
+    shard = RowShard(embedding.weight)
+    before_RD = shard.read()
+    if distributed.world_size() > 1:
+        with (
+            pytest.raises(RuntimeError, match="the ranks disagree"),
+            unittest.mock.patch.object(distributed, "all_reduce", all_reduce),
+        ):
+            sharded_shift(shard, before_RD, lengths=False)
 
-# What travels in a draw: pieces of the rows that are broken at the edges, an integer a token and the checksum; with
-# lengths two numbers a token more.
-num_rows, width = 3203, 96
-embedding = nn.Embedding(num_rows, width)
-deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
-shard = RowShard(embedding.weight)
-before_RD = shard.read()
-for lengths, vectors in ((False, 1), (True, 3)):
-    shard.traffic.sent = shard.traffic.received = 0
-    sharded_shift(shard, before_RD, lengths=lengths)
-    allowed = width * 4 + 2 * (RANKS - 1) / RANKS * (vectors * num_rows * 4 + 2 * 32 * 4)
-    moved = max(shard.traffic.sent, shard.traffic.received)
-    assert moved <= allowed, (moved, allowed)
-    totals = distributed.gather_objects((shard.traffic.sent, shard.traffic.received))
-    assert sum(sent for sent, _ in totals) == sum(received for _, received in totals), totals
-    assert RANKS == 1 or moved > vectors * num_rows * 4, moved
-distributed.shutdown()
+
+def check_groups() -> None:
+    """What is cut over some of the ranks only is refused, not misread."""
+    ranks = distributed.world_size()
+    if ranks > 1:
+        groups = [dist.new_group([rank]) for rank in range(ranks)]
+        embedding = nn.Embedding(40, 4)
+        group = groups[distributed.rank()]
+        deepspeed.zero.Init(module=embedding, data_parallel_group=group, config_dict_or_path=ZERO3)
+        message = mistake(partial(RowShard, embedding.weight))
+        assert "mics_shard_size" in message, message
+
+
+def check_traffic() -> None:
+    """What travels in a draw.
+
+    Pieces of rows that are broken at the edges, an integer a token and the checksum; with lengths two numbers a token more.
+    """
+    ranks = distributed.world_size()
+    num_rows, width = 3203, 96
+    embedding = nn.Embedding(num_rows, width)
+    deepspeed.zero.Init(module=embedding, config_dict_or_path=ZERO3)
+    shard = RowShard(embedding.weight)
+    before_RD = shard.read()
+    for lengths, vectors in ((False, 1), (True, 3)):
+        shard.traffic.sent = shard.traffic.received = 0
+        sharded_shift(shard, before_RD, lengths=lengths)
+        allowed = width * 4 + 2 * (ranks - 1) / ranks * (vectors * num_rows * 4 + 2 * 32 * 4)
+        moved = max(shard.traffic.sent, shard.traffic.received)
+        assert moved <= allowed, (moved, allowed)
+        totals = distributed.gather_objects((shard.traffic.sent, shard.traffic.received))
+        assert sum(sent for sent, _ in totals) == sum(received for _, received in totals), totals
+        assert ranks == 1 or moved > vectors * num_rows * 4, moved
+
+
+CASES = {
+    f"{SHAPES[number][0]} x {SHAPES[number][1]}, {'partitioned' if partitioned else 'whole'}": partial(
+        check_shape, number, partitioned
+    )
+    for number in range(len(SHAPES))
+    for partitioned in (True, False)
+}
+CASES |= {f"stage {case[0]}, {case[1] or 'plain'}, {case[2]}": partial(check_engine, *case) for case in ENGINES}
+CASES |= {
+    "not finite": check_not_finite,
+    "ranks disagree": check_disagreement,
+    "groups of ranks": check_groups,
+    "traffic": check_traffic,
+}
+if __name__ == "__main__":
+    run_cases(CASES)

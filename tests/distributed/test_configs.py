@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.processes import launch, succeeds
+import ranks_configs
+from helpers.cases import job_of_cases
 from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -20,11 +20,15 @@ tracking: {wandb: "off"}
 """
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_every_configuration_trains(precision, tmp_path):
-    if precision == "fp16" and not torch.cuda.is_available():
-        pytest.skip("DeepSpeed trains in fp16 on GPUs only")
-    make_model_folder(tmp_path / "model")
-    write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    succeeds(launch(2, Path(__file__).parent / "ranks_configs.py", precision, cwd=tmp_path))
+def prepare(folder: Path) -> None:
+    make_model_folder(folder / "model")
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "recipe.yaml").write_text(RECIPE)
+
+
+configurations = job_of_cases(ranks_configs, ranks=[2], prepare=prepare)
+
+
+@pytest.mark.parametrize("case", ranks_configs.CASES)
+def test_every_configuration_trains(case, configurations):
+    configurations(case)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.processes import launch, succeeds
+import pytest
+import ranks_estimate
+from helpers.cases import job_of_cases
 from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -16,10 +18,17 @@ tracking: {wandb: "off"}
 """
 
 
-def test_estimates_lie_within_a_tenth_of_what_is_measured(tmp_path):
-    """Weights, gradients, optimizer states, all tensors, peaks of passes and steps, bytes received: by method, on 2 ranks."""
+def prepare(folder: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    make_model_folder(tmp_path / "model", vocab_size=1001, **sizes)
-    write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    succeeds(launch(2, Path(__file__).parent / "ranks_estimate.py", cwd=tmp_path))
+    make_model_folder(folder / "model", vocab_size=1001, **sizes)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "recipe.yaml").write_text(RECIPE)
+
+
+measured = job_of_cases(ranks_estimate, ranks=[2], prepare=prepare)
+
+
+@pytest.mark.parametrize("case", ranks_estimate.CASES)
+def test_estimates_lie_within_a_tenth_of_what_is_measured(case, measured):
+    """Weights, gradients, optimizer states, all tensors, peaks of passes and steps, bytes received: by method."""
+    measured(case)

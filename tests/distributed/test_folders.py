@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import pytest
+import ranks_folders
+from helpers.cases import job_of_cases
+from helpers.runs import prepare_job
 
-from helpers.processes import launch, succeeds
+folders = job_of_cases(ranks_folders, ranks=[2], prepare=prepare_job)
 
 
-def test_fused_experts_and_an_untied_head_survive(job):
-    succeeds(launch(2, Path(__file__).parent / "ranks_folders.py", cwd=job))
+@pytest.mark.parametrize("case", ranks_folders.CASES)
+def test_model_folders_survive(case, folders):
+    folders(case)

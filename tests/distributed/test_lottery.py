@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+import ranks_methods
+import ranks_mistakes
 import torch
+from helpers.cases import job_of_cases
 from helpers.processes import launch, run, succeeds
-from helpers.runs import losses
-from helpers.tiny import SENTENCES
+from helpers.runs import losses, prepare_job
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,40 +124,54 @@ def test_ranks_hold_their_part_only(job):
     succeeds(launch(2, HERE / "ranks_zero3.py", cwd=job))
 
 
-def test_other_methods_leave_what_others_load(job):
-    """full, lora and prefix on the same loop; transformers and PEFT load what they leave and see the same loss."""
-    succeeds(launch(2, HERE / "ranks_methods.py", cwd=job))
+methods = job_of_cases(ranks_methods, ranks=[2], prepare=prepare_job)
+STAGES = {"full": ("full_tuning", 24096), "lora": ("lora", 1792), "prefix": ("prefix_tuning", 256)}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_other_methods_leave_what_others_load(case, methods):
+    """On the same loop; transformers and PEFT load what they leave and see the same loss."""
+    methods(case)
+    stage, trained_parameters = STAGES[case]
+    job = methods.folder
     pairs = [json.loads(line) for line in (job / "pairs.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(job / "model")
-    prompt = Prompt("plain", "English", "French", tokenizer)
+    prompt = Prompt("plain", "English", "French", AutoTokenizer.from_pretrained(job / "model"))
     examples = prompt.encode([Pair(pair["source"], pair["target"]) for pair in pairs])
-    losses_of = {}
-    for method, stage in {"full": "full_tuning", "lora": "lora", "prefix": "prefix_tuning"}.items():
-        results = json.loads((job / method / "results.json").read_text())["stages"][stage]
-        out = job / method / "checkpoints" / stage
-        if method == "full":
-            model = AutoModelForCausalLM.from_pretrained(out)
-            assert not model.config.tie_word_embeddings
-        else:
-            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job / "model"), out)
-        model.eval()
-        loss = corpus_loss(model, model, examples, 0, 4)
-        assert loss == pytest.approx(results["test_loss"], rel=1e-4), method
-        losses_of[method] = losses(job / method, stage)
-        assert losses_of[method][-1] < losses_of[method][0]
-        trained = {"full": 24096, "lora": 1792, "prefix": 256}[method]
-        assert results["trained_parameters"] == trained
-    published = json.loads((job / "published/ticket/ticket.json").read_text())
-    assert published["token_ids"] == [13, 263, 278, 297, 304, 310, 322, 29871, 29889, 29892, 29896, 29900]
-    assert published["selection"] == "published:en-da" and published["tested_dtype"] == "untested"
-    # In bf16 with checkpointing, a linear schedule and beam search: it learns too.
-    curve = losses(job / "embed", "embed_tuning")
+    results = json.loads((job / case / "results.json").read_text())["stages"][stage]
+    out = job / case / "checkpoints" / stage
+    if case == "full":
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert not model.config.tie_word_embeddings
+    else:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job / "model"), out)
+    model.eval()
+    assert corpus_loss(model, model, examples, 0, 4) == pytest.approx(results["test_loss"], rel=1e-4)
+    curve = losses(job / case, stage)
+    assert curve[-1] < curve[0]
+    assert results["trained_parameters"] == trained_parameters
+
+
+@pytest.mark.parametrize("case", ["embed"])
+def test_bf16_with_checkpointing_a_linear_schedule_and_beam_search(case, methods):
+    methods(case)
+    curve = losses(methods.folder / "embed", "embed_tuning")
     assert curve[-1] < curve[0]
 
 
-def test_mistakes_are_one_sentence_on_every_rank(job):
-    assert len(SENTENCES) == 12  # the counts in the messages below
-    succeeds(launch(2, HERE / "ranks_mistakes.py", cwd=job))
+@pytest.mark.parametrize("case", ["published"])
+def test_a_published_ticket_is_trained(case, methods):
+    methods(case)
+    published = json.loads((methods.folder / "published/ticket/ticket.json").read_text())
+    assert published["token_ids"] == [13, 263, 278, 297, 304, 310, 322, 29871, 29889, 29892, 29896, 29900]
+    assert published["selection"] == "published:en-da" and published["tested_dtype"] == "untested"
+
+
+mistaken = job_of_cases(ranks_mistakes, ranks=[2], prepare=ranks_mistakes.prepare)
+
+
+@pytest.mark.parametrize("case", ranks_mistakes.CASES)
+def test_mistakes_are_one_sentence_on_every_rank(case, mistaken):
+    mistaken(case)
 
 
 def test_a_mistake_ends_the_job(job):

@@ -14,14 +14,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ranks_resume
+from helpers.cases import job_of_cases
 from helpers.processes import ENVIRONMENT, HANG_SECONDS, free_port, launch, small_disk, succeeds
-from helpers.runs import losses
+from helpers.runs import losses, prepare_job
 
 HERE = Path(__file__).parent
 
 
-def test_every_method_goes_on_to_the_bit(job):
-    succeeds(launch(2, HERE / "ranks_resume.py", cwd=job))
+resuming = job_of_cases(ranks_resume, ranks=[2], prepare=prepare_job)
+
+
+@pytest.mark.parametrize("case", ranks_resume.CASES)
+def test_every_method_resumes_to_the_bit(case, resuming):
+    resuming(case)
 
 
 def test_what_has_changed_since_the_start_is_named(job):

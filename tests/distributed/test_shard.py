@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.processes import launch, succeeds
+import ranks_shard
+from helpers.cases import job_of_cases
+from helpers.processes import launch
+
+shards = job_of_cases(ranks_shard, ranks=[1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_rows_of_every_geometry(ranks, tmp_path):
-    succeeds(launch(ranks, Path(__file__).parent / "ranks_shard.py", cwd=tmp_path))
+@pytest.mark.parametrize("case", ranks_shard.CASES)
+def test_rows_of_every_geometry(case, shards):
+    shards(case)
 
 
 def test_a_rank_that_dies_in_a_draw_ends_the_job(tmp_path):
