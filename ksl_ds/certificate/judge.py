@@ -39,7 +39,7 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
 from ksl_ds.report.tables import print_table, print_text
-from ksl_ds.text.corpus import load_corpus
+from ksl_ds.text.directions import load_split
 from ksl_ds.training.run import RunContext
 from ksl_ds.training.summary import write_run_report
 
@@ -52,7 +52,8 @@ def trained_sources(recipe: Recipe) -> set[str] | None:
         logger.warning("the recipe has no text.train, so whether test sentences were trained on is not checked")
         return None
     with distributed.raise_on_all_ranks():
-        return {pair.source for pair in load_corpus(recipe.text, "train", recipe.text_seed).pairs}
+        corpora = load_split(recipe.text, "train", recipe.text_seed)
+        return {pair.source for corpus in corpora.values() for pair in corpus.pairs}
 
 
 def leave_out(run: RunContext, trained: set[str]) -> int:

@@ -15,7 +15,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ksl_ds.config.schema import KEYS_THAT_MAY_CHANGE_ON_RESUME, MISSING, NULL, PACKAGE_DIR, RENAMED, Recipe
+from ksl_ds.config.schema import (
+    BEFORE_A_KEY,
+    KEYS_THAT_MAY_CHANGE_ON_RESUME,
+    MISSING,
+    NULL,
+    PACKAGE_DIR,
+    RENAMED,
+    Recipe,
+)
 from ksl_ds.config.validate import check_recipe
 from ksl_ds.errors import UserError, reason_of
 from ksl_ds.files import write_text
@@ -57,6 +65,7 @@ def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
     Each is a Recipe or the mapping that results.json records.
     """
+    defaults = {name: default for name, (default, _) in dotted_keys(Recipe).items()} | BEFORE_A_KEY
 
     def flat(section: Any, prefix: str = "") -> dict[str, Any]:
         keys: dict[str, Any] = {}
@@ -65,7 +74,7 @@ def differing_keys(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
         return keys
 
     ours, theirs = (
-        flat(dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else with_current_names(recipe))
+        defaults | flat(dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else with_current_names(recipe))
         for recipe in (left, right)
     )
     return {
@@ -255,7 +264,8 @@ def _read_word(schema: type, word: str) -> dict[str, Any]:
         section = _section_of(annotation)
     is_list = typing.get_origin(annotation) is list
     value: Any = text
-    if section or (is_list and text.startswith("[") and text.endswith("]")):
+    is_mapping = typing.get_origin(annotation) is dict
+    if section or is_mapping or (is_list and text.startswith("[") and text.endswith("]")):
         value = _parse_yaml(text, word)
     elif text in NULL and (is_list or type(None) in typing.get_args(annotation)):
         value = None

@@ -76,9 +76,9 @@ def _rules_help() -> str:
 
 
 def key(default: Any, text: str) -> Any:
-    """A dataclass field with its help text; lists and sections are copied for every recipe."""
-    if isinstance(default, list):
-        return Field(default_factory=lambda: list(default), description=text)
+    """A dataclass field with its help text; lists, mappings and sections are copied for every recipe."""
+    if isinstance(default, (list, dict)):
+        return Field(default_factory=lambda: default.copy(), description=text)
     if isinstance(default, type):
         return Field(default_factory=default, description=text)
     return Field(default=default, description=text)
@@ -111,8 +111,24 @@ class Text:
     hub_config: Line | None = key(None, "configuration name of a Hub dataset, such as en-fr")
     source_column: Line = key("source", "column of the source sentence; a dot selects a nested column (translation.en)")
     target_column: Line = key("target", "column of the translation")
-    source_language: Line = key("English", "name of the source language, for the prompt")
-    target_language: Line = key("French", "name of the target language, for the prompt")
+    source_language: Line = key(
+        "English", "name of the source language, for the prompt; text.directions name their own"
+    )
+    target_language: Line = key("French", "name of the target language, likewise")
+    directions: list[Line] = key(
+        [],
+        "translation directions of one run, such as [en-ca, en-es]; in text.train, text.valid, text.test, text.hub_config and "
+        "the columns {direction}, {source} and {target} stand for en-ca, en and ca; max_*_pairs count for each",
+    )
+    languages: dict[Line, Line] = key({}, "names of languages by code, where the usual English name should not be used")
+    prompts: dict[Line, Prose] = key({}, "prompts by direction, where text.prompt should not be used")
+    mixing: Literal["proportional", "uniform", "temperature"] = key(
+        "proportional",
+        "how often each direction occurs in training: by its number of pairs n, all alike, or by n ** (1 / temperature)",
+    )
+    mixing_temperature: Annotated[float, Field(ge=1)] = key(
+        5.0, "temperature of text.mixing=temperature; 1: proportional"
+    )
     prompt: Prose = key("plain", "plain, alpaca, chat (the tokenizer's own template), or your own text with {source}")
     max_length: Length = key(1024, "longest prompt plus translation in tokens; longer pairs are dropped")
     max_words: Count | None = key(None, "longest source or target in words; longer pairs are dropped")
@@ -301,6 +317,9 @@ RENAMED = {
     "lora.warmup": "lora.warmup_ratio",
     "prefix.warmup": "prefix.warmup_ratio",
 }
+
+# What a run did that was recorded before a key existed, where that is not the key's default.
+BEFORE_A_KEY = {"training.packing": "off"}
 
 # Keys and sections that may change when a run is resumed, since training does not depend on them.
 KEYS_THAT_MAY_CHANGE_ON_RESUME = (

@@ -17,6 +17,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{name}.betas is {betas}; it takes two numbers")
     if recipe.draw.early_stopping is not None and recipe.draw.every is None:
         raise UserError("draw.early_stopping needs draw.every, the number of steps between two draws")
+    if len(set(recipe.text.directions)) < len(recipe.text.directions):
+        raise UserError(f"text.directions is {recipe.text.directions}; it must have none twice")
     check_compare(recipe.compare)
 
 

@@ -33,9 +33,9 @@ from ksl_ds.report.tables import print_text, size
 from ksl_ds.report.tracking import tracking_mode, why_offline
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
-from ksl_ds.text.batches import check_positions, encode_corpus
-from ksl_ds.text.corpus import load_corpus
-from ksl_ds.text.prompt import Prompt
+from ksl_ds.text.batches import check_positions
+from ksl_ds.text.corpus import Split
+from ksl_ds.text.directions import load_texts
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of
 from ksl_ds.training.run import corpus_sha256, previous_results, virtual_tokens
@@ -188,23 +188,13 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
 
     def check() -> tuple[str, Any]:
         tokenizer = folder.tokenizer()
-        prompt = Prompt(text.prompt, text.source_language, text.target_language, tokenizer)
         _ = folder.end_ids
-        every = {}
-        digests = []
-        counts = []
-        longest = 0
-        response = 0
-        for name in ("train", "valid", "test"):
-            if name == "valid" and not text.valid:
-                continue
-            corpus = load_corpus(text, name, recipe.text_seed)
-            examples, _ = encode_corpus(corpus, prompt, text.max_length)
-            every[name] = examples
-            digests.append(corpus_sha256(corpus))
-            counts.append(f"{len(examples):,} {name}")
-            longest = max(longest, *map(len, examples))
-            response = max(response, *(len(example.response_ids) for example in examples))
+        splits: list[Split] = ["train", "valid", "test"] if text.valid else ["train", "test"]
+        corpora, every = load_texts(text, splits, recipe.text_seed, tokenizer)
+        digests = [corpus_sha256(corpus) for corpus in corpora.values()]
+        counts = [f"{len(examples):,} {name}" for name, examples in every.items()]
+        longest = max(len(example) for examples in every.values() for example in examples)
+        response = max(len(example.response_ids) for examples in every.values() for example in examples)
         check_positions(every, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
         return f"{', '.join(counts)} pairs; the longest has {longest} tokens", (digests, longest, response)
 

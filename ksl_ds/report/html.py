@@ -27,9 +27,9 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import Environment, hardware_and_versions
 from ksl_ds.files import write_text
 from ksl_ds.report.page import PAGE, PARTS, STYLE
-from ksl_ds.report.plots import svg
+from ksl_ds.report.plots import direction_bars, svg
 from ksl_ds.report.records import Scores
-from ksl_ds.report.tables import Column, Table, in_order, memory, stage_table, ticket_table
+from ksl_ds.report.tables import Column, Table, direction_table, in_order, memory, stage_table, ticket_table
 
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
 
@@ -85,11 +85,16 @@ def what_was_run(recipe: Recipe, pairs: Mapping[str, int], steps: Mapping[str, i
     """The run in one sentence; `pairs` by part of the text (train, valid, test), `steps` by stage."""
     text = recipe.text
     counted = ", ".join(f"{number:,} {part}" for part, number in pairs.items())
+    languages = f"{text.source_language} to {text.target_language}"
+    if text.directions:
+        languages = (
+            f"{len(text.directions)} direction{'' if len(text.directions) == 1 else 's'} ({', '.join(text.directions)})"
+        )
     trained = " and ".join(
         f"{number:,} step{'' if number == 1 else 's'} of {label_of(stage)}" for stage, number in steps.items() if number
     )
     return (
-        f"{recipe.model.path}, {text.source_language} to {text.target_language}, {counted} pairs"
+        f"{recipe.model.path}, {languages}, {counted} pairs"
         f"{trained and f', {trained}'} with batches of {recipe.training.batch_size} "
         f"in {recipe.training.precision} on {ranks} rank{'' if ranks == 1 else 's'}."
     )
@@ -205,6 +210,10 @@ def write_report(
         scores = stage_table(stages)
         body = table(scores) + Markup(_parts.reading(reading(stages), [*notes]))
         parts.append(Section("Scores", body))
+        by_direction = direction_table(stages)
+        if by_direction.rows:
+            bars = figure("Test loss and BLEU by direction", direction_bars(stages), "directions")
+            parts.append(Section("Directions", table(by_direction) + bars))
     if ticket_rows:
         parts.append(
             Section("Ticket", table(ticket_table(ticket_rows, TICKET_ROWS), tall=True) + Markup(_parts.ticket()))

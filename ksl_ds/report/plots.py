@@ -244,6 +244,33 @@ def d_against(
     return figure
 
 
+def direction_bars(stages: Mapping[str, Scores]) -> Figure:
+    """Test loss and BLEU of every direction, a bar for each stage."""
+    names = [stage for stage in in_order(stages) if stages[stage].directions]
+    directions = list(dict.fromkeys(name for stage in names for name in stages[stage].directions))
+    at = np.arange(len(directions))[::-1]
+    height = 0.8 / len(names)
+    with style():
+        figure = Figure(figsize=(7.2, 1.1 + 0.16 * len(directions) * (len(names) + 1)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, title, score in zip(panels, ("test loss", "BLEU"), ("test_loss", "bleu"), strict=True):
+            for number, stage in enumerate(names):
+                values = [getattr(stages[stage].directions.get(name), score, None) or 0.0 for name in directions]
+                axes.barh(
+                    at + 0.4 - height * (number + 0.5),
+                    values,
+                    height * 0.92,
+                    color=PALETTE[number],
+                    label=label_of(stage),
+                )
+            axes.set_title(title)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(False, axis="y")
+        panels[0].set_yticks(at, directions, parse_math=False)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)))
+    return figure
+
+
 def stage_bars(stages: Mapping[str, Scores]) -> Figure:
     """BLEU raw and on the first line, chrF++ and stop rate of each stage, side by side."""
     names = in_order(stages)[::-1]

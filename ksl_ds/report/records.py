@@ -22,8 +22,22 @@ from ksl_ds.files import Count, Number, Record, checked, json_text, parse_json, 
 FORMAT_VERSION = 2
 
 
+class DirectionScores(Record):
+    """How good a model is on the test text of one direction."""
+
+    test_loss: Number | None
+    bleu: Number | None
+    chrf: Number | None
+    first_line_bleu: Number | None
+    stop_rate: Number | None
+    output_length: Number | None  # tokens
+
+
 class Scores(Record):
-    """How good a model is on the test text, and what it cost. None: NaN, or not measured."""
+    """How good a model is on the test text, and what it cost. None: NaN, or not measured.
+
+    With several directions the scores are means over them.
+    """
 
     __pydantic_extra__: dict[str, Number | None]
     trained_parameters: Number
@@ -40,6 +54,7 @@ class Scores(Record):
     optimizer_bytes: Number | None = None
     peak_memory_bytes: Number | None = None  # of the training; of the evaluation where nothing was trained
     valid_loss: Number | None = None
+    directions: dict[str, DirectionScores] = {}
     spread: dict[str, Number | None] = {}  # standard deviations over the seeds of a comparison
     seeds: Count = 1  # of a comparison, over which these are means
 
@@ -61,6 +76,7 @@ class TextPart(Record):
     pairs: Count
     dropped: dict[str, Count]  # by reason
     sha256: str
+    directions: dict[str, Count] = {}  # pairs of each; of training, as often as they occur in an epoch
 
 
 class RecordedRecipe(Record):

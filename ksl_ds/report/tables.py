@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ksl_ds import distributed
 from ksl_ds.config.methods import Stage, label_of
-from ksl_ds.report.records import Scores
+from ksl_ds.report.records import DirectionScores, Scores
 
 DASH = "–"
 FILE_WIDTH = 100  # at least, when the output is not a terminal
@@ -187,6 +187,27 @@ def stage_table(stages: Mapping[str, Scores], title: str = "Scores on the held-o
             for stage in in_order(stages)
         ],
         list(STAGE_NOTES),
+    )
+
+
+DIRECTION_COLUMNS = [entry for entry in STAGE_COLUMNS if entry[1] in DirectionScores.model_fields]
+
+
+def direction_table(stages: Mapping[str, Scores]) -> Table:
+    """One row for each stage and direction; none where a run has no `text.directions`."""
+    return Table(
+        "Scores by direction",
+        [
+            Column("", numeric=False),
+            Column("direction", numeric=False),
+            *(column for column, _, _ in DIRECTION_COLUMNS),
+        ],
+        [
+            [label_of(stage), name, *(show(getattr(scores, key)) for _, key, show in DIRECTION_COLUMNS)]
+            for stage in in_order(stages)
+            for name, scores in stages[stage].directions.items()
+        ],
+        ["The scores of a stage are the means over its directions."],
     )
 
 

@@ -38,17 +38,22 @@ from ksl_ds.errors import UserError
 # Where a msgid is a key, translators find the English sentence in the extracted comment.
 PO_DEFAULT = re.compile(r'Default: "(.*?)"[ \t]*$', re.DOTALL | re.MULTILINE)
 CSV_FIELD = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|[^",\n][^,\n]*)?(?:,|$)')  # a whole one
+TRANSLATION = "translation"  # the column of WMT's and ALMA's rows, which holds one sentence for each language code
+DEFAULT_COLUMNS = (Text().source_column, Text().target_column)
 MOST_CHARACTERS = 1_000_000  # of a line or a sentence; a line's are counted in UTF-8's bytes
 SPACES = re.compile(r"[^\S\u00a0\u2007\u202f]+")  # all but the no-break ones
 
 
-@dataclass
+Split = Literal["train", "valid", "test"]
+
+
+@dataclass(slots=True)
 class Pair:
     """A sentence and its translation."""
 
-    __slots__ = ("source", "target")
     source: str
     target: str
+    direction: str = ""  # of text.directions
 
 
 @dataclass
@@ -59,14 +64,25 @@ class Corpus:
     pairs: list[Pair]
     dropped: dict[str, int] = field(default_factory=dict)
 
+    def by_direction(self) -> dict[str, list[int]]:
+        """The places of each direction's pairs, in the order in which directions first occur."""
+        places: dict[str, list[int]] = {}
+        for place, pair in enumerate(self.pairs):
+            places.setdefault(pair.direction, []).append(place)
+        return places
+
     def summary(self) -> str:
         """One line: what is there and what is not."""
         left_out = _reasons(self.dropped)
-        return f"{self.name}: {len(self.pairs):,} pairs" + (f"; left out: {left_out}" if left_out else "")
+        counts = {name: len(places) for name, places in self.by_direction().items() if name}
+        each = f" ({', '.join(f'{count:,} {name}' for name, count in counts.items())})" if counts else ""
+        return f"{self.name}: {len(self.pairs):,} pairs{each}" + (f"; left out: {left_out}" if left_out else "")
 
 
-def load_corpus(text: Text, split: Literal["train", "valid", "test"], seed: int) -> Corpus:
+def load_corpus(text: Text, split: Split, seed: int, codes: tuple[str, ...] = ()) -> Corpus:
     """The pairs of a split, shuffled by `seed`, at most `text.max_SPLIT_pairs` of them.
+
+    `codes` are those of source and target language, for rows of the form {"translation": {"en": ..., "ca": ...}}.
 
     Raises
     ------
@@ -81,7 +97,7 @@ def load_corpus(text: Text, split: Literal["train", "valid", "test"], seed: int)
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     try:
-        for source, target in _read(paths, text, split, dropped):
+        for source, target in _read(paths, text, split, dropped, codes):
             source, target = one_line(source), one_line(target)
             if not (_is_unicode(source) and _is_unicode(target)):
                 dropped["with half of a surrogate pair"] += 1
@@ -122,7 +138,9 @@ def _reasons(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
 
-def _read(paths: list[str], text: Text, split: str, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
+def _read(
+    paths: list[str], text: Text, split: str, dropped: Counter[str], codes: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
     if len(paths) == 2 and not any(_is_po(path) or _suffix(path) in READERS for path in paths):
         yield from _aligned(paths)
         return
@@ -130,7 +148,7 @@ def _read(paths: list[str], text: Text, split: str, dropped: Counter[str]) -> It
         if _is_po(path):
             yield from read_po(Path(path), dropped)
         else:
-            yield from _columns(_rows(path, text, split), path, text)
+            yield from _columns(_rows(path, text, split), path, text, codes)
 
 
 def _is_po(path: str) -> bool:
@@ -323,12 +341,18 @@ READERS: dict[str, Callable[[str], Iterator[Any]]] = {
 }
 
 
-def _columns(rows: Iterator[Any], path: str, text: Text) -> Iterator[tuple[str, str]]:
+def _columns(rows: Iterator[Any], path: str, text: Text, codes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    columns = {"text.source_column": text.source_column, "text.target_column": text.target_column}
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number} is {str(row)[:50]!r}, not columns and their values")
+        if number == 1 and codes and TRANSLATION in row and not set(columns.values()) & set(row):
+            columns = {
+                key: f"{TRANSLATION}.{code}" if column in DEFAULT_COLUMNS else column
+                for (key, column), code in zip(columns.items(), codes, strict=True)
+            }
         sides = []
-        for key, column in (("text.source_column", text.source_column), ("text.target_column", text.target_column)):
+        for key, column in columns.items():
             value: Any = row
             for part in [column] if column in row else column.split("."):
                 if not isinstance(value, dict) or part not in value:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +17,10 @@ from ksl_ds import distributed
 from ksl_ds.config.methods import Stage
 from ksl_ds.report import records
 from ksl_ds.report.records import StageResult, finite
+from ksl_ds.report.tables import decimals
 from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of
-from ksl_ds.text.scores import Scores, score, write_translations
-from ksl_ds.text.translate import translate
+from ksl_ds.text.scores import score, write_translations
+from ksl_ds.text.translate import Translation, translate
 from ksl_ds.training.loop import TrainingStats
 from ksl_ds.training.loss import corpus_loss
 from ksl_ds.training.packing import packing_of
@@ -69,35 +72,35 @@ def evaluate_stage(
     evaluation = run.recipe.evaluation
     started = time.perf_counter()
     label = stage.label
+    pairs = run.corpora["test"].pairs
+    places = run.corpora["test"].by_direction()
     with evaluation_model(run) as (module, partitioned):
         packing = packing_of(run, module)
-        loss = corpus_loss(module, run.model, run.examples["test"], run.pad_id, evaluation.batch_size, packing)
+        losses = {
+            name: corpus_loss(
+                module,
+                run.model,
+                [run.examples["test"][place] for place in some],
+                run.pad_id,
+                evaluation.batch_size,
+                packing,
+            )
+            for name, some in places.items()
+        }
         translations = translate(
             module, run.tokenizer, run.prompts, evaluation, partitioned=partitioned, label=f"translating, {label}"
         )
-    pairs = run.corpora["test"].pairs
-    hypotheses = [translation.text for translation in translations]
 
-    def score_and_write() -> Scores:
-        write_translations(
-            run.dir / "translations" / stage,
-            [pair.source for pair in pairs],
-            [pair.target for pair in pairs],
-            hypotheses,
-        )
-        return score(
-            hypotheses,
-            [pair.target for pair in pairs],
-            [translation.stopped for translation in translations],
-            [translation.num_tokens for translation in translations],
-            evaluation.tokenize,
-        )
+    def score_and_write() -> dict[str, Any]:
+        hypotheses = [translation.text for translation in translations]
+        folder = run.dir / "translations" / stage
+        write_translations(folder, [pair.source for pair in pairs], [pair.target for pair in pairs], hypotheses)
+        return _scores(run, translations, losses)
 
     scores = distributed.run_on_rank0(score_and_write)
     shown = StageResult(
         trained_parameters=trained_parameters,
-        test_loss=finite(loss),
-        **asdict(scores),
+        **scores,
         steps=outcome.steps if outcome else 0,
         planned_steps=outcome.planned_steps if outcome else 0,
         valid_loss=finite(outcome.valid_loss) if outcome else None,
@@ -110,12 +113,16 @@ def evaluate_stage(
         ),
     )
     run.stages[stage] = shown
-    run.tracker.log(stage, 0, **shown.numbers())
+    by_direction = {
+        f"{name}/{score}": value for name, of in shown.directions.items() for score, value in of.content().items()
+    }
+    run.tracker.log(stage, 0, **shown.numbers(), **by_direction)
     run.save_results()
     run.checkpoints(stage).remove()
     logger.info(
-        f"{label}: test loss {loss:.3f}, BLEU {scores.bleu:.1f}, chrF++ {scores.chrf:.1f}, "
-        f"first-line BLEU {scores.first_line_bleu:.1f}, stop rate {scores.stop_rate:.2f}"
+        f"{label}: test loss {decimals(3)(shown.test_loss)}, BLEU {decimals(1)(shown.bleu)}, chrF++ "
+        f"{decimals(1)(shown.chrf)}, first-line BLEU {decimals(1)(shown.first_line_bleu)}, stop rate "
+        f"{decimals(2)(shown.stop_rate)}"
     )
 
 
@@ -127,13 +134,42 @@ def file_bytes(folder: Path) -> int:
 
 def score_copying(run: RunContext) -> None:
     """What handing back the source would score: a baseline that templated text makes strong."""
-    pairs = run.corpora["test"].pairs
     if not distributed.is_rank0():
         return
-    sources = [pair.source for pair in pairs]
+    sources = [pair.source for pair in run.corpora["test"].pairs]
     lengths = [len(run.tokenizer(source, add_special_tokens=False).input_ids) for source in sources]
-    copied = score(
-        sources, [pair.target for pair in pairs], [True] * len(pairs), lengths, run.recipe.evaluation.tokenize
-    )
-    baseline = records.Scores(trained_parameters=0, test_loss=None, **asdict(copied))
-    run.results.baselines[Stage.COPYING_SOURCE] = baseline
+    copied = [Translation(source, length, True) for source, length in zip(sources, lengths, strict=True)]
+    found = _scores(run, copied, dict.fromkeys(run.corpora["test"].by_direction()))
+    run.results.baselines[Stage.COPYING_SOURCE] = records.Scores(trained_parameters=0, **found)
+
+
+def _scores(run: RunContext, translations: list[Translation], losses: Mapping[str, float | None]) -> dict[str, Any]:
+    """The scores of the test text's translations, as fields of `records.Scores`: of each direction, and their means.
+
+    `losses` are the test losses by direction.
+    """
+    pairs = run.corpora["test"].pairs
+    found = {}
+    signatures: dict[str, str] = {}
+    for name, places in run.corpora["test"].by_direction().items():
+        scores = score(
+            [translations[place].text for place in places],
+            [pairs[place].target for place in places],
+            [translations[place].stopped for place in places],
+            [translations[place].num_tokens for place in places],
+            run.recipe.evaluation.tokenize,
+        )
+        found[name] = {"test_loss": finite(losses[name]), **asdict(scores)}
+        signatures = found[name].pop("signatures")
+    if not run.recipe.text.directions:
+        return {**found[""], "signatures": signatures}
+    names = next(iter(found.values()))
+    means = {name: _mean([scores[name] for scores in found.values()]) for name in names}
+    directions = {name: records.DirectionScores(**scores) for name, scores in found.items()}
+    return {**means, "signatures": signatures, "directions": directions}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None where one is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None

@@ -37,10 +37,11 @@ from ksl_ds.report.records import (
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
-from ksl_ds.text.batches import check_positions, encode_corpus, padding_id
-from ksl_ds.text.corpus import Corpus, load_corpus
+from ksl_ds.text.batches import check_positions, padding_id
+from ksl_ds.text.corpus import Corpus, Split
+from ksl_ds.text.directions import load_texts
 from ksl_ds.text.packing import Packing
-from ksl_ds.text.prompt import Example, Prompt
+from ksl_ds.text.prompt import Example
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of, record_inputs
 
@@ -130,15 +131,12 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     with distributed.raise_on_all_ranks():
         tokenizer = folder.tokenizer()
         _ = folder.end_ids  # checks generation_config.json before the model is loaded
-        prompt = Prompt(recipe.text.prompt, recipe.text.source_language, recipe.text.target_language, tokenizer)
-        names = (["train"] if trains else []) + (["valid"] if trains and recipe.text.valid else []) + ["test"]
-        corpora = {name: load_corpus(recipe.text, name, recipe.text_seed) for name in names}  # type: ignore[arg-type]
-        examples = {}
+        splits: list[Split] = ["train", "valid", "test"] if recipe.text.valid else ["train", "test"]
+        splits = splits if trains else ["test"]
+        corpora, examples = load_texts(recipe.text, splits, recipe.text_seed, tokenizer)
         text = {}
         for name, corpus in corpora.items():
-            examples[name], dropped = encode_corpus(corpus, prompt, recipe.text.max_length)
-            corpus.dropped |= dropped
-            text[name] = TextPart(pairs=len(corpus.pairs), dropped=corpus.dropped, sha256=corpus_sha256(corpus))
+            text[name] = text_part(corpus)
             if before and before.text.get(name, text[name]).sha256 != text[name].sha256:
                 raise UserError(
                     f"{corpus.name} has changed since the run in {run_dir} started, so it cannot be resumed; restore the text "
@@ -245,5 +243,14 @@ def _begin(run_dir: Path, recipe: Recipe, inputs: dict[str, Any], stages: Iterab
 
 def corpus_sha256(corpus: Corpus) -> str:
     """SHA-256 of the pairs in their order, which must not change on resume."""
-    lines = (f"{pair.source}\t{pair.target}\n".encode("utf-8", "surrogatepass") for pair in corpus.pairs)
-    return blocks_sha256(lines)
+    lines = ("\t".join((*filter(None, [pair.direction]), pair.source, pair.target)) + "\n" for pair in corpus.pairs)
+    return blocks_sha256(line.encode("utf-8", "surrogatepass") for line in lines)
+
+
+def text_part(corpus: Corpus) -> TextPart:
+    """What results.json says about a text."""
+    part = TextPart(pairs=len(corpus.pairs), dropped=corpus.dropped, sha256=corpus_sha256(corpus))
+    by_direction = corpus.by_direction()
+    if list(by_direction) != [""]:
+        part.directions = {name: len(indices) for name, indices in by_direction.items()}
+    return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
 from ksl_ds.report.html import Section, what_was_run, write_report
 from ksl_ds.report.records import Scores, read_metrics
-from ksl_ds.report.tables import print_table, print_text, stage_table, ticket_rows, ticket_table
+from ksl_ds.report.tables import direction_table, print_table, print_text, stage_table, ticket_rows, ticket_table
 from ksl_ds.scan.report import scan_folders
 from ksl_ds.training.run import RunContext
 
@@ -33,7 +34,10 @@ def show_stages(run: RunContext) -> None:
     """Writes results.json and prints the table of stages with the baselines beside it."""
     run.save_results()
     if distributed.is_rank0():
-        print_table(stage_table(run.results.baselines | run.stages))
+        stages = run.results.baselines | run.stages
+        print_table(stage_table(stages))
+        if run.recipe.text.directions:
+            print_table(direction_table(stages))
 
 
 def scan_result(run: RunContext) -> None:
@@ -175,17 +179,18 @@ def _figures(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Any) -> 
 
 def _samples(run: RunContext) -> list[dict[str, str]]:
     """Sources, references and every stage's translation of the first test sentences."""
-    pairs = run.corpora["test"].pairs[:SAMPLES_SHOWN]
-    samples = [{"source": pair.source, "reference": pair.target} for pair in pairs]
+    test = run.corpora["test"]
+    # In turns of the directions, where there are several.
+    turns = chain.from_iterable(zip_longest(*test.by_direction().values()))
+    places = [place for place in turns if place is not None][:SAMPLES_SHOWN]
+    samples = [{"source": test.pairs[place].source, "reference": test.pairs[place].target} for place in places]
     for stage in run.stages:
         path = run.dir / "translations" / stage / "hypotheses.txt"
         lines = read_text(path).split("\n")[:-1]
-        if len(lines) != len(run.corpora["test"].pairs):
-            raise UserError(
-                f"{path} has {len(lines)} lines for {len(run.corpora['test'].pairs)} sentences; choose another run_dir"
-            )
-        for sample, line in zip(samples, lines[: len(samples)], strict=True):
-            sample[label_of(stage)] = line
+        if len(lines) != len(test.pairs):
+            raise UserError(f"{path} has {len(lines)} lines for {len(test.pairs)} sentences; choose another run_dir")
+        for sample, place in zip(samples, places, strict=True):
+            sample[label_of(stage)] = lines[place]
     return samples
 
 

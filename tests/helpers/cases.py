@@ -79,7 +79,8 @@ def job_of_cases(script: ModuleType, ranks: Sequence[int], prepare: Callable[[Pa
     @pytest.fixture(scope="module", params=ranks, ids=lambda number: f"{number} ranks")
     def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
         name = request.fixturename
-        items = [item for item in request.session.items if name in getattr(item, "fixturenames", ())]
+        of_module = [item for item in request.session.items if item.path == request.path]
+        items = [item for item in of_module if name in getattr(item, "fixturenames", ())]
         selected = [item.callspec.params["case"] for item in items if item.callspec.params[name] == request.param]
         folder = tmp_path_factory.mktemp(script.__name__)
         prepare(folder)
