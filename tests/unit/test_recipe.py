@@ -333,7 +333,18 @@ def test_broken_yaml_is_named_by_line_and_column(tmp_path, content, said):
     assert mistake_of(Recipe, file=str(tmp_path / "r.yaml")) == f"{tmp_path / 'r.yaml'} is not valid YAML: {said}"
 
 
-@pytest.mark.parametrize("name", [name for schema, name in keys_of(str) if schema is Recipe])
+MAPPINGS = ("text.languages", "text.prompts")
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_mappings_are_given_as_yaml(name):
+    section = load_recipe(Recipe, None, [*LEAST, f"{name}={{ca: 'x {{source}}', es: y}}"]).text
+    assert getattr(section, name.partition(".")[2]) == {"ca": "x {source}", "es": "y"}
+    for wrong in ("x", "[x]", "{ca: [x]}", "{ca: }"):
+        assert mistake_of(Recipe, f"{name}={wrong}").startswith(name)
+
+
+@pytest.mark.parametrize("name", [name for schema, name in keys_of(str) if schema is Recipe and name not in MAPPINGS])
 @pytest.mark.parametrize("text", ["a\ud800b", "a\nb", "a\0b", "a\x7fb"])
 def test_names_are_one_line_that_can_be_written(name, text):
     if name == "text.prompt" and "\ud800" not in text:
