@@ -122,14 +122,14 @@ COMMANDS = {
         Command("check", "is everything that a run needs in place on every host", RECIPE_USAGE, "Recipe"),
         Command(
             "inspect",
-            "look at a ticket, or at what two tickets share",
-            "TICKET [OTHER] [--published DIRECTION] [--limit N]",
+            "look at tickets, and at what they share",
+            "TICKET ... [--published DIRECTION] [--limit N] [--report FILE.html]",
             None,
             options=(
-                Option("ticket", "ticket folder", "TICKET"),
-                Option("other", "second ticket folder, to compare with", "OTHER", (("nargs", "?"),)),
-                Option("--published", "compare with a published LLaMA ticket: en-ca, en-es, en-pt, ...", "DIRECTION"),
+                Option("tickets", "ticket folders; of several, what they share", "TICKET", (("nargs", "+"),)),
+                Option("--published", "compare with a published LLaMA ticket: en-ca, en-es, ..., or all", "DIRECTION"),
                 Option("--limit", "show at most N tokens, those of largest D", "N", (("type", int),)),
+                Option("--report", "write what the tickets share as a page", "FILE.html", (("type", Path),)),
             ),
         ),
     )

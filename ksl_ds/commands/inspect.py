@@ -1,38 +1,78 @@
-"""Shows a ticket: its tokens with their statistics, and what two tickets share."""
+"""Shows a ticket: its tokens with their statistics; and what several tickets share."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ksl_ds.errors import UserError
+from ksl_ds.lottery.overlap import Overlaps, overlaps_at, overlaps_of
 from ksl_ds.lottery.ticket import Ticket
-from ksl_ds.model.published import published_ids, published_pieces
+from ksl_ds.model.published import published_directions, published_ids, published_pieces
+from ksl_ds.report.overlaps import alpha_table, overlap_table, shared_rows_table, write_overlap_report
 from ksl_ds.report.tables import print_table, print_text, ticket_rows, ticket_table
 
+ALPHAS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
+ALL = "all"
 
-def main(ticket: str, other: str | None, published: str | None, limit: int | None) -> None:
-    """Prints a ticket's table, and what it shares with another or with a published one.
+
+def main(tickets: list[str], published: str | None, limit: int | None, report: Path | None) -> None:
+    """Prints the tables of tickets, and what they share with each other or with published ones.
 
     Parameters
     ----------
-    ticket, other : str
+    tickets
         Ticket folders.
-    published : str or None
-        Translation direction of a published LLaMA ticket, such as "en-ca".
-    limit : int or None
-        Rows of a table at most, those of largest D.
+    published
+        Translation direction of a published LLaMA ticket, such as "en-ca", or "all".
+    limit
+        Rows of a ticket's table at most, those of largest D.
+    report
+        HTML file to write, with the overlaps.
 
     Raises
     ------
     UserError
-        For a folder that holds no ticket, and for an unknown direction.
+        For a folder that holds no ticket, for tickets of different models, and for an unknown direction.
     """
-    first = load(ticket)
-    show(first, ticket, limit)
-    if other is not None:
-        second = load(other)
-        show(second, other, limit)
-        print_text("\n".join(comparison(first, second)))
-    if published is not None:
-        print_text(against_published(first, published))
+    loaded = dict(zip(short_names(tickets), map(load, tickets), strict=True))
+    for path, ticket in zip(tickets, loaded.values(), strict=True):
+        show(ticket, path, limit)
+    overlaps = overlaps_of(loaded)
+    directions = list(published_directions()) if published == ALL else [published] if published else []
+    for path, ticket in loaded.items():
+        for direction in directions:
+            print_text(f"{path}: {against_published(ticket, direction)}")
+    names = [*overlaps.names, *(f"published {direction}" for direction in directions)]
+    rows = [*overlaps.rows, *(frozenset(published_ids(direction)) for direction in directions)]
+    overlaps = Overlaps(names, rows, overlaps.vocab_size)
+    if len(names) == 1:
+        if report is not None:
+            raise UserError("--report shows what tickets share; give at least two of them, or --published")
+        return
+    by_alpha = overlaps_at(loaded, ALPHAS) if len(loaded) > 1 else {}
+    tokens = {
+        number: text for ticket in loaded.values() for number, text in zip(ticket.token_ids, ticket.tokens, strict=True)
+    }
+    print_table(overlap_table(overlaps))
+    print_table(shared_rows_table(overlaps, tokens))
+    if by_alpha:
+        print_table(alpha_table(by_alpha))
+    if len(loaded) == 2:
+        print_text(difference(*loaded.values()))
+    if report is not None:
+        write_overlap_report(report, overlaps, by_alpha, tokens)
+        print_text(f"the report: {report}")
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """What tells paths apart: the parts that not all share, where they have equally many. Raises UserError for equal ones."""
+    if len(set(paths)) < len(paths):
+        raise UserError("a ticket is given twice; name different folders")
+    columns = list(zip(*(Path(path).parts for path in paths), strict=False))
+    if len(paths) == 1 or any(len(Path(path).parts) != len(columns) for path in paths):
+        return paths
+    distinct = [column for column in columns if len(set(column)) > 1]
+    return ["/".join(parts) for parts in zip(*distinct, strict=True)]
 
 
 def load(path: str) -> Ticket:
@@ -63,22 +103,13 @@ def show(ticket: Ticket, path: str, limit: int | None) -> None:
     print_table(ticket_table(rows, limit=limit, title=title))
 
 
-def comparison(ticket: Ticket, other: Ticket) -> list[str]:
-    """What two tickets share, in sentences."""
-    if (ticket.vocab_size, ticket.num_samples) != (other.vocab_size, other.num_samples):
-        return [
-            f"The tickets are of embeddings of different shapes, ({ticket.vocab_size}, {ticket.num_samples}) and "
-            f"({other.vocab_size}, {other.num_samples}); they cannot be compared."
-        ]
-    mine, theirs = set(ticket.token_ids), set(other.token_ids)
+def difference(ticket: Ticket, other: Ticket) -> str:
+    """How the KS tests of two tickets differ."""
     differing = int((ticket.count_V != other.count_V).sum())
     furthest = int((ticket.count_V - other.count_V).abs().max())
-    return [
-        f"Rows in both: {len(mine & theirs)}; only in the first: {len(mine - theirs)}; only in the second: "
-        f"{len(theirs - mine)}; Jaccard overlap {len(mine & theirs) / len(mine | theirs):.3f}.",
-        f"k differs for {differing:,} of {ticket.vocab_size:,} tokens"
-        + (f", by {furthest} at most." if differing else "."),
-    ]
+    return f"k differs for {differing:,} of {ticket.vocab_size:,} tokens" + (
+        f", by {furthest} at most." if differing else "."
+    )
 
 
 def against_published(ticket: Ticket, direction: str) -> str:

@@ -18,6 +18,11 @@ def published_ids(direction: str) -> list[int]:
     return tickets[direction]
 
 
+def published_directions() -> list[str]:
+    """The directions of which tickets were published."""
+    return list(_data()["tickets"])
+
+
 def published_pieces() -> dict[int, str]:
     """What some of the published ids are in LLaMA-1's tokenizer."""
     return {int(number): piece for number, piece in _data()["tokenizer_check"].items()}

@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -242,6 +243,12 @@ def d_against(
         if drawn_V.any():
             figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
+
+
+# From nothing to the first colour, so that an empty cell of a heat map has the page's ground, light or dark.
+COLORS = LinearSegmentedColormap.from_list(
+    "ksl_ds", [(*[int(PALETTE[0][at : at + 2], 16) / 255 for at in (1, 3, 5)], alpha) for alpha in (0.0, 0.85)]
+)
 
 
 def direction_bars(stages: Mapping[str, Scores]) -> Figure:

@@ -6,17 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ksl_ds.report.plots import INK, PALETTE, style
+from ksl_ds.report.plots import COLORS, INK, style
 
 OUTSIDE = "–"  # the row of tensors outside the layers
-# From nothing to the first colour, so that an empty cell has the page's ground, light or dark.
-COLORS = LinearSegmentedColormap.from_list(
-    "ksl_ds", [(*[int(PALETTE[0][at : at + 2], 16) / 255 for at in (1, 3, 5)], alpha) for alpha in (0.0, 0.85)]
-)
 
 
 def heat_map(

@@ -62,7 +62,25 @@ def test_draws_what_draw_ticket_draws(folders, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "ticket"), str(tmp_path / "top_k")]) == 0
     shown = capsys.readouterr().out
-    assert "Rows in both: 2; only in the first: 1" in shown and "k differs for 0 of 134" in shown
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "ticket 3 0.667" in lines and "top_k 2 (0.0) 2" in lines
+    assert "k differs for 0 of 134 tokens." in lines and "Mean Jaccard overlap of all pairs: 0.667." in lines
+    (only,) = set(Ticket.load(tmp_path / "ticket").token_ids) - set(Ticket.load(tmp_path / "top_k").token_ids)
+    assert f"ticket only 1 {ModelFolder(folders / 'before').tokenizer().convert_ids_to_tokens(only)}" in lines
+    page = tmp_path / "overlaps.html"
+    assert (
+        main(["inspect", *(str(tmp_path / rule) for rule in ("ticket", "top_k", "random")), "--report", str(page)]) == 0
+    )
+    assert "random only" in capsys.readouterr().out
+    assert "Jaccard overlap of all pairs" in page.read_text() and page.read_text().count("<svg") == 1
+    for words, said in {
+        ("ticket", "ticket"): "a ticket is given twice",
+        ("ticket", "--report", str(page)): "--report shows what tickets share",
+    }.items():
+        assert (
+            main(["inspect", *(word if word.startswith(("-", "/")) else str(tmp_path / word) for word in words)]) == 2
+        )
+        assert said in capsys.readouterr().err
 
 
 def test_another_dtype_and_more_files(folders, tmp_path):
@@ -144,3 +162,8 @@ def test_published_tickets_compare_with_llama_tickets(tmp_path, capsys):
     draw_ticket(before_VD, after_VD, tokens=pieces).save(tmp_path / "ticket", "model.embed_tokens")
     assert main(["inspect", str(tmp_path / "ticket"), "--published", "en-da"]) == 0
     assert "12 rows, 4 of them in this ticket of 5" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "ticket"), "--published", "all"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    # Ten rows are common to all six published tickets; this one has four of them.
+    assert any(line.startswith("all 4 ") for line in lines)
+    assert sum("published en-" in line for line in lines) >= 6

@@ -46,7 +46,6 @@ def test_the_first_word_of_estimate_is_a_model(called):
         (["draw", "before=a", "b"], "'b' is not of the form key=value"),
         (["lottery"], "must be given"),
         (["inspect"], "the following arguments are required: TICKET; see ksl-ds inspect --help"),
-        (["inspect", "a", "b", "c"], "unrecognized arguments: c"),
         (["inspect", "a", "--limit", "few"], "argument --limit: invalid int value: 'few'"),
         (["inspect", "a", "--lim", "3"], "unrecognized arguments: --lim 3"),
         (["compare", "--from", "a.json", "b.json"], "takes the results.json of one comparison"),
