@@ -88,7 +88,7 @@ def entries_of(compare: Compare) -> list[Entry]:
 
 
 def seeds_of(entry: Entry, compare: Compare) -> list[int]:
-    """The seeds that an entry runs with: nothing about the untuned model depends on one."""
+    """The seeds that an entry runs with: the untuned model does not depend on a seed."""
     return compare.seeds[:1] if entry.stage is Stage.UNTUNED else compare.seeds
 
 
@@ -132,7 +132,7 @@ def finished(entry: Entry, folder: Path, wanted: Recipe) -> RunResults | None:
 def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> RunResults | None:
     """The results.json of a lottery (or `tune`) that has scored an entry as `wanted` asks; None where none has.
 
-    A lottery of another recipe is no mistake here: its stages are not taken.
+    A lottery of another recipe is not an error here: its stages are not used.
     """
     results = read_results(run_dir)
     in_lottery = entry.stage in (Stage.UNTUNED, Stage.EMBED_TUNING) or entry.spec.rows is Rows.TICKET
@@ -144,7 +144,7 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> RunResults
     drawn = theirs["draw"]
     own = clean(wanted)["draw"]
     if entry.alpha is not None:
-        # It looked at tickets while it trained, which changed nothing unless it stopped there.
+        # Draws during training change nothing unless they stopped it.
         drawn = {**drawn, "every": None, "top_k": own["top_k"]}
     if drawn != own and "draw" in entry.spec.reads:
         return None

@@ -16,7 +16,7 @@ MARKERS = "os^Dv<>Ph*X"
 
 
 def score_bars(stages: Mapping[str, Scores], intervals: Mapping[str, tuple[float, float] | None]) -> Figure:
-    """BLEU of whole answers with its interval, of first lines beside it; chrF++ and test loss with what the seeds spread."""
+    """BLEU of whole answers with its interval, of first lines beside it; chrF++ and test loss with their spread over seeds."""
     names = list(stages)[::-1]
     at = np.arange(len(names))
     with style():

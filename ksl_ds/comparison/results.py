@@ -115,7 +115,7 @@ def _lines(home: Path, run: EntryRun, name: str) -> list[str]:
     try:
         return read_text(path).split("\n")[:-1]
     except UserError as error:
-        raise UserError(f"{error}; remove its run to have it made again") from None
+        raise UserError(f"{error}; delete its run folder to run it again") from None
 
 
 def _tests(
@@ -204,7 +204,7 @@ def _samples(home: Path, runs: Mapping[str, EntryRun]) -> list[dict[str, str]]:
         if len(lines) != len(sources):
             raise UserError(
                 f"{home / run.folder}: its hypotheses.txt of {run.stage} has {len(lines)} lines for {len(sources)} "
-                "sentences; remove its run to have it made again"
+                "sentences; delete its run folder to run it again"
             )
         for sample, line in zip(samples, lines[: len(samples)], strict=True):
             sample[key] = line

@@ -2,7 +2,7 @@
 
 Every entry with every seed is a run of its own (entries.py), by the same functions as `lottery` and `tune`. What is there
 already is not run again, so a stopped comparison resumes, and entries can be added later. An entry that
-fails costs one sentence; the others still run. The price of so much independence is that the model is loaded for each.
+fails is reported in one sentence; the others still run. In return, the model is loaded for each run.
 
 Legend: V tokens, D coordinates of a row, K chosen rows.
 """
@@ -133,7 +133,7 @@ def _outcome(comparison: Comparison, entry: Entry, seed: int) -> Outcome:
 
 
 def _drawn_before(comparison: Comparison, entry: Entry, seed: int, ids: list[int]) -> str | None:
-    """The key of an entry that has done the same with the same rows: counts are integers, so two levels can draw alike."""
+    """The key of an entry that with the same rows: counts are integers, so two levels can draw alike."""
     same = [
         other.key
         for (other, of_seed), others in comparison.drawn.items()
@@ -155,7 +155,7 @@ def _found(entry: Entry, folder: Path, wanted: Recipe, lottery: Path | None, hom
 
 
 class UnavailableRow(UserError):
-    """A single row that this model and prompt do not have: no failure, but nothing to train."""
+    """A single row that this model and prompt do not have: not a failure, but there is nothing to train."""
 
 
 def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) -> None:
@@ -172,7 +172,7 @@ def _run_entry(comparison: Comparison, entry: Entry, seed: int, wanted: Recipe) 
 
 
 def _check_same_model(comparison: Comparison, run_dir: Path) -> None:
-    """Raises UserError where an entry that was found had another base model than the run in `run_dir`, which starts."""
+    """Raises UserError if an entry that was found has another base model than the starting run in `run_dir`."""
     ours = read_inputs(run_dir)
     for outcome in (outcome for by_seed in comparison.outcomes.values() for outcome in by_seed.values()):
         theirs = read_inputs(comparison.home / outcome.entry.folder) if outcome.entry.folder is not None else None
@@ -216,7 +216,7 @@ def _ticket(comparison: Comparison, entry: Entry, seed: int, run: RunContext, sh
 
 
 def single_row(method: str, run: RunContext, frequency_V: Tensor) -> int:
-    """The token that stands for "one row". Raises UnavailableRow where there is none, or none that is ever looked up."""
+    """The token that stands for "one row". Raises UnavailableRow if there is none, or if the text does not contain it."""
     if method == "newline":
         ids = run.tokenizer("\n", add_special_tokens=False).input_ids  # SentencePiece puts a space before it
         number = ids[-1] if ids and run.tokenizer.decode(ids[-1:]) == "\n" else None

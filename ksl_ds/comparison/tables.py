@@ -18,7 +18,7 @@ from ksl_ds.report.records import ComparisonResults, ComparisonSection, Scores, 
 from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size
 
 LEVEL = 0.05
-MIN_SENTENCES = 30  # of a test text that resampling can say something about
+MIN_SENTENCES = 30  # below, a bootstrap is meaningless
 BASELINES = (Stage.EMBED_TUNING, Stage.FULL_TUNING, Stage.UNTUNED)
 WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
 SPREAD_NOTE = "± is the standard deviation over {} seeds."
@@ -158,9 +158,9 @@ def difference_table(results: ComparisonResults) -> Table:
     notes = [
         "Differences in BLEU by sacrebleu's paired bootstrap over test sentences; p is the largest of the seeds, the interval "
         "covers those of all seeds. *: p < .05 with every seed, in one direction.",
-        "The tests are not corrected for their number: of twenty between equal methods, one finds a difference.",
+        "The tests are not corrected for multiple comparisons: of twenty between equal methods, one finds a difference.",
     ]
-    return Table("Differences in BLEU, and how likely chance is to make them", columns, rows, notes)
+    return Table("Differences in BLEU and their p-values", columns, rows, notes)
 
 
 def p_value(p: float) -> str:
@@ -191,7 +191,7 @@ def readings(results: ComparisonResults) -> list[str]:
             if said:
                 sentences.append(f"{name} against {label_of(baseline)}: {'; '.join(said)}.")
     if not comparison.tests:
-        sentences.append(f"With fewer than {MIN_SENTENCES} test sentences no bootstrap says anything: none was made.")
+        sentences.append(f"Fewer than {MIN_SENTENCES} test sentences are too few for a bootstrap: none was made.")
     stages = results.stages
     untuned = stages.get(Stage.UNTUNED)
     trained = [key for key in comparison.order if key in stages and key != Stage.UNTUNED]

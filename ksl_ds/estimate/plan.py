@@ -89,7 +89,7 @@ class Plan:
         return MethodCost(Estimated.EMBED, [weight.numel()], [], 0, snapshots=True)
 
     def method(self, name: Estimated, *, checkpointing: bool) -> MethodCost:
-        """What method `name` trains, and the peak of its dry run. Raises UserError where the architecture has no such."""
+        """What method `name` trains, and the peak of its dry run. Raises UserError if the architecture does not support it."""
         model = self.meta_model()
         if checkpointing:
             enable_checkpointing(self.meta_model())  # a model of its own: the dry run switches without random states

@@ -100,7 +100,8 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         ],
         traffic_rows,
         [
-            "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) as much.",
+            "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) adds the "
+            "same.",
             f"A draw: {size(draw.wire_draw)} received, {rows:,} rows tested in {duration(draw_seconds)} where all have "
             f"changed, at the pace of this machine's {distributed.device().type.upper()}; snapshot: {size(draw.snapshot)} of "
             "host memory a rank.",

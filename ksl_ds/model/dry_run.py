@@ -2,8 +2,8 @@
 
 Forward and backward run for real, operator by operator, on tensors that have shapes and no memory; every allocation and
 every release is counted. So activations, logits, gradients on their way to the optimizer and recomputation under
-checkpointing are those of the architecture's own code, not of a formula that fits LLaMA only. What it costs: the time of
-transformers' Python code, about a second for 80 layers. What it takes on trust: attention is a fused kernel that keeps
+checkpointing are those of the architecture's own code, not of a formula that fits LLaMA only. It costs the time of
+transformers' Python code, about a second for 80 layers. It assumes that attention is a fused kernel that keeps
 queries, keys, values, output, log-sum-exp and the padding mask, as torch's kernels for GPUs and CPUs do. Some architectures
 cannot be run this way: their code reads values of tensors, or loops over the tokens for minutes. `Unmeasured` says so.
 
@@ -139,7 +139,7 @@ def meta_model(config: Any, dtype: torch.dtype, *, untied: bool, trust_remote_co
             if error.args != (ATTENTION,):
                 raise
         return build(None)  # the architecture has attention classes of its own
-    except Exception as error:  # the architecture's code raises whatever it likes about a config
+    except Exception as error:  # an architecture's code may raise anything about a config
         raise UserError(f"no causal language model: {first_line(error)}") from None
 
 

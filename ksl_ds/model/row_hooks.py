@@ -5,11 +5,11 @@ is not enough: weight decay and momentum of an earlier phase move rows whose gra
 back after every optimizer step, on the part of the fp32 master weights that this rank steps; no rank sends anything. So
 are copies of the weights that an optimizer keeps (optimizers.py).
 
-The hooks live as long as the weight; copies of the model, deep or pickled, have their own. What would lift the restriction
-unnoticed, such as another weight in this one's place, is an error at the next forward pass that records gradients.
+The hooks live as long as the weight; deep or pickled copies of the model have their own. Anything that would silently remove
+the restriction, such as replacing the weight, raises an error at the next forward pass that records gradients.
 
 Exact and simple, but gradient and optimizer states keep the size of the whole matrix, and a step copies this rank's part
-of it twice. Mode `rows` (row_parameter.py) does without.
+of it twice. Mode `rows` (row_parameter.py) avoids both.
 
 Legend: V tokens, D coordinates, K chosen rows; `flat` tensors are parts of a flattened (V, D) weight.
 """
@@ -56,7 +56,7 @@ class Elements:
 
 @dataclass
 class OpenStep:
-    """What a step that has begun needs at its end."""
+    """State that an optimizer step passes from its pre-hook to its post-hook."""
 
     part: Stepped
     before: Tensor
@@ -80,7 +80,7 @@ class TrainedRows:
         self._has_optimizer = False
         self._has_warned = False
         trains = weight.requires_grad
-        weight.requires_grad_(True)  # a copy may be frozen for now, and a hook is refused then
+        weight.requires_grad_(True)  # a copy may be frozen, and torch then refuses a hook
         self._handles = [
             weight.register_hook(self._keep_chosen_rows),
             register_optimizer_step_pre_hook(_weakly(self._before_step)),
@@ -96,7 +96,7 @@ class TrainedRows:
             self._handles.append(module.register_forward_pre_hook(self._check))
 
     def remove(self) -> None:
-        """Lets all rows train again. Rows and optimizer states stay as they are."""
+        """Removes the restriction. Rows and optimizer states are unchanged."""
         self._finalizer()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainedRows:
@@ -119,7 +119,7 @@ class TrainedRows:
             kept = torch.isin(gradient_VD.indices()[0], ids)
             rows = gradient_VD.indices()[:, kept], gradient_VD.values()[kept]
             return torch.sparse_coo_tensor(*rows, gradient_VD.shape, is_coalesced=True, check_invariants=False)
-        # Not a multiplication by a mask: an infinity in a row that does not count would become a NaN.
+        # Not a multiplication by a mask, which would turn an infinity in another row into a NaN.
         kept_VD = torch.zeros_like(gradient_VD)
         kept_VD[ids] = gradient_VD[ids]
         return kept_VD
@@ -178,7 +178,7 @@ class TrainedRows:
         return decay or 0.0
 
     def _refuse_unknown(self, optimizer: Optimizer, weight: nn.Parameter) -> None:
-        """Raises RuntimeError where the weight has a gradient and nothing that steps it is known."""
+        """Raises RuntimeError if the weight has a gradient and no known optimizer steps it."""
         if self._has_optimizer or not self._has_gradient or is_stepped_by_zero(weight):
             return
         self._has_optimizer = held_by_any_optimizer(weight)
@@ -190,7 +190,7 @@ class TrainedRows:
             )
 
     def _check(self, module: nn.Module, inputs: Any) -> None:
-        """Raises RuntimeError where this forward pass would train something else than the chosen rows."""
+        """Raises RuntimeError if this forward pass would not train the chosen rows."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._finalizer.alive:
             return
         for watched in {module, *self._watched}:
@@ -242,7 +242,7 @@ def train_only_rows(
     All other rows, and their fp32 master copies, stay bit-identical under any optimizer, with weight decay, momentum,
     clipping, loss scaling and gradient accumulation; a gradient norm counts the chosen rows only. Weight decay pulls the
     chosen rows towards `base`, not towards 0. Nothing else about the
-    model changes: freeze the rest with `model.requires_grad_(False)` first if only these rows shall train.
+    model changes: freeze the rest with `model.requires_grad_(False)` first if only these rows should train.
 
     Parameters
     ----------

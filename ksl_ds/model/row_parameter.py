@@ -10,7 +10,7 @@ Choices and what they cost:
   but for rounding.
 - Moved rows are looked up by the embedding's own code, with them as its weight, so an embedding that scales its output
   (Gemma) or has a padding row needs no special case.
-- A tied head computes the old logits of the ticket's tokens too, and they are overwritten: K columns too many.
+- A tied head also computes the old logits of the ticket's tokens, which are then overwritten: K redundant columns.
 
 Legend: B pairs, L positions, D coordinates, V tokens, K ticket rows.
 """
@@ -28,8 +28,8 @@ from torch.nn import functional as F
 class TicketRows(nn.Module):
     """The ticket's rows as a trainable parameter within a Hugging Face causal language model.
 
-    Making one freezes nothing and hooks it in; `remove()` undoes that. `delta_KD` is what an optimizer gets. Make it
-    before `deepspeed.initialize`, for any ZeRO stage.
+    Creating one registers its hooks and freezes nothing; `remove()` removes them. Give `delta_KD` to the optimizer. Create it
+    before `deepspeed.initialize`; any ZeRO stage works.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class TicketRows(nn.Module):
         return self.base_KD.float().cpu() + delta_KD.cpu()
 
     def remove(self) -> None:
-        """Takes the rows out of the model again; the matrix is as it was."""
+        """Removes the hooks; the matrix is unchanged."""
         for handle in self._handles:
             handle.remove()
         del self._embedding[0].ticket_rows
@@ -97,8 +97,8 @@ def look_up(embedding: nn.Module, rows_KD: Tensor, place_BL: Tensor, padding_pla
 class _ReplaceLogits(torch.autograd.Function):
     """Overwrites the logits of K tokens, without a second (B, L, V) tensor in either direction.
 
-    The head has computed them from the base rows, and its own backward pass will send their gradient through these; what is
-    sent here is the rest, hence the difference of the rows.
+    The head has computed them from the base rows, and its own backward pass propagates their gradient through these rows. This
+    adds the remainder, hence the difference of the rows.
     """
 
     @staticmethod

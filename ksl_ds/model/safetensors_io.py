@@ -81,7 +81,7 @@ class Shards:
             try:
                 self._open_files[shard] = safe_open(self.path / shard, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.path / shard} is truncated or no safetensors file: {error}") from None
+                raise UserError(f"{self.path / shard} is truncated or not a safetensors file: {error}") from None
         return self._open_files[shard]
 
     def _slice(self, name: str) -> Any:

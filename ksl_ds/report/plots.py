@@ -245,7 +245,7 @@ def d_against(
     return figure
 
 
-# From nothing to the first colour, so that an empty cell of a heat map has the page's ground, light or dark.
+# From nothing to the first colour, so that an empty cell of a heat map has the page's background, light or dark.
 COLORS = LinearSegmentedColormap.from_list(
     "ksl_ds", [(*[int(PALETTE[0][at : at + 2], 16) / 255 for at in (1, 3, 5)], alpha) for alpha in (0.0, 0.85)]
 )

@@ -38,7 +38,7 @@ def scan_folders(before: ModelFolder, after: str | Path, out: Path, alpha: float
     Raises
     ------
     UserError
-        On every rank, where they cannot be compared or `out` cannot be written. `out` is then not there.
+        On every rank, where they cannot be compared or `out` cannot be written. `out` is then not created.
     """
     with distributed.raise_on_all_ranks():
         if out.exists():

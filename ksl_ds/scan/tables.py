@@ -146,6 +146,6 @@ def reading(results: Mapping[str, Any]) -> list[str]:
         "The test is less sensitive on short rows: kinds whose rows differ in width are compared by their shift ratios "
         "rather than by shares.",
         "Rows of one matrix are not independent, and before and after are paired: alpha and all corrections are nominal.",
-        "D compares distributions of values. It says nothing of direction: a permuted row, or one whose values moved both "
+        "D compares distributions of values. It says nothing about direction: a permuted row, or one whose values moved both "
         "ways alike, has a small D although it moved.",
     ]

@@ -1,14 +1,14 @@
 """Parallel text from files or the Hub, as pairs in an order that every rank agrees on.
 
 Choices and what they cost:
-- Every rank reads local files itself, straight through and without a cache: no rank waits for another, and nothing is
-  written beside the text or into a home directory. Only Hub datasets go through the cache of `datasets`.
+- Every rank reads local files itself, once and without a cache: no rank waits for another, and nothing is written beside
+  the text or into a home directory. Only Hub datasets go through the cache of `datasets`.
 - A whole split is held in memory, about half a gigabyte for a million pairs, since a seeded shuffle needs all of it.
 - A line ends at a line feed and nowhere else, as `wc -l` and the aligners see it; the other line breaks of Unicode, which
   occur within crawled sentences, become spaces. No-break spaces, part of French and other spelling, stay.
-- TSV knows no quoting, as OPUS and Tatoeba write it: a lone quotation mark would otherwise swallow the lines after it.
+- TSV has no quoting, as in OPUS and Tatoeba: a lone quotation mark would otherwise swallow the lines after it.
 - CSV has quoted fields, which may go over several lines. A quote that does not close is an error; so is a row over several
-  lines each of which is a row by itself, unless the file quotes commas or column names: then its writer knows of quotes.
+  lines each of which is a row by itself, unless the file quotes commas or column names, which shows that it uses quoting.
 - Text files may be compressed with gzip: a name that ends with .gz is read as the name without it.
 - No line and no sentence is longer than a million characters, so a file without line breaks costs an error, not the memory.
 - Whatever is left out is counted by reason.
@@ -257,7 +257,7 @@ def _tsv(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _table(path: str, rows: Iterator[tuple[int, list[str]]]) -> Iterator[dict[str, Any]]:
-    """Rows by the column names of the first; blank lines are none, and what a row lacks is None."""
+    """Rows by the column names of the first; blank lines are skipped, and missing cells are None."""
     header: list[str] = []
     for number, row in rows:
         if len(row) > len(header) > 0:
@@ -284,7 +284,7 @@ def _csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(kept(), strict=True)
     number = 1
     columns = 0
-    knows_quotes = False  # the writer has quoted a comma, or the column names
+    knows_quotes = False  # the file quotes a comma, or the column names
     swallowed: UserError | None = None
     while True:
         lines.clear()
