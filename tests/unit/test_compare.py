@@ -432,7 +432,7 @@ def test_a_test_text_of_few_sentences_gets_no_bootstrap(tmp_path, monkeypatch):
     finish(*written)
     results = read_comparison(tmp_path / "x" / "results.json")
     assert results.comparison.tests == {}
-    assert any("fewer than 41 test sentences" in text for text in report.readings(results))
+    assert any("Fewer than 41 test sentences" in text for text in report.readings(results))
     assert [column.name for column in report.difference_table(results).columns][2:] == []
 
 

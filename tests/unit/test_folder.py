@@ -175,7 +175,7 @@ def test_pickled_weights_are_refused_and_not_run(tmp_path, name):
     path, marker = make_model_folder(tmp_path / "base"), tmp_path / "executed"
     (path / "model.safetensors").unlink()
     (path / name).write_bytes(pickle.dumps(Malicious(marker)))
-    with pytest.raises(UserError, match="convert them to safetensors" if name.endswith("bin") else "no safetensors"):
+    with pytest.raises(UserError, match="convert them to safetensors" if name.endswith("bin") else "not a safetensors"):
         ModelFolder(path)
     assert not marker.exists()
 
