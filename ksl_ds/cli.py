@@ -107,6 +107,12 @@ COMMANDS = {
             ),
         ),
         Command(
+            "multilingual",
+            "tickets of several directions: their overlaps, and what each does for the others",
+            RECIPE_USAGE,
+            "Recipe",
+        ),
+        Command(
             "certify",
             "how far a ticket's model agrees with the embed-tuned one: certificate and measurement",
             "RECIPE.yaml reference=DIR [ticket=DIR] [key=value ...]",

@@ -297,6 +297,13 @@ class Compare:
 
 
 @dataclass(config=STRICT)
+class Multilingual:
+    """What `multilingual` repeats."""
+
+    seeds: list[Seed] = key([0, 1], "every part is run once per seed, which orders the same training text")
+
+
+@dataclass(config=STRICT)
 class Checkpoint:
     """Checkpoints within a training run."""
 
@@ -324,13 +331,13 @@ BEFORE_A_KEY = {"training.packing": "off"}
 # Keys and sections that may change when a run is resumed, since training does not depend on them.
 KEYS_THAT_MAY_CHANGE_ON_RESUME = (
     "run_dir", "resume", "verbose", "num_ranks", "timeout_minutes", "checkpoint", "tracking", "certify", "compare",
-    "scan", "reference", "evaluation.batch_size", "evaluation.gather_weights",
+    "multilingual", "scan", "reference", "evaluation.batch_size", "evaluation.gather_weights",
 )  # fmt: skip
 
 
 @dataclass(config=STRICT)
 class Recipe:
-    """A run of `lottery`, `tune`, `evaluate`, `compare` or `certify`."""
+    """A run of `lottery`, `tune`, `evaluate`, `compare`, `multilingual` or `certify`."""
 
     run_dir: Line = key(MISSING, "folder to create; all output is written there")
     resume: Literal["never", "auto"] = key(
@@ -356,6 +363,7 @@ class Recipe:
     tracking: Tracking = key(Tracking, "wandb and metrics.jsonl")
     checkpoint: Checkpoint = key(Checkpoint, "checkpoints during training, for resume=auto")
     compare: Compare = key(Compare, "what `compare` trains and tests")
+    multilingual: Multilingual = key(Multilingual, "what `multilingual` repeats")
     method: TunedMethod = key("embed", f"what `tune` trains: {', '.join(TUNED)}")
     scan: bool = key(
         False,

@@ -19,6 +19,9 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError("draw.early_stopping needs draw.every, the number of steps between two draws")
     if len(set(recipe.text.directions)) < len(recipe.text.directions):
         raise UserError(f"text.directions is {recipe.text.directions}; it must have none twice")
+    seeds = recipe.multilingual.seeds
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise UserError(f"multilingual.seeds is {seeds}; it must have at least one entry, and none twice")
     check_compare(recipe.compare)
 
 

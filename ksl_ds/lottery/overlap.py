@@ -38,19 +38,20 @@ class Overlaps:
         """Rows that are in two tickets, by their places."""
         return len(self.rows[one] & self.rows[other])
 
-    def jaccard(self, one: int, other: int) -> float:
-        """Shared rows of two tickets divided by the rows of either; 1 for two empty ones."""
+    def jaccard(self, one: int, other: int) -> float | None:
+        """Shared rows of two tickets divided by the rows of either; None for two empty ones."""
         either = len(self.rows[one] | self.rows[other])
-        return self.shared(one, other) / either if either else 1.0
+        return self.shared(one, other) / either if either else None
 
     def by_chance(self, one: int, other: int) -> float:
         """The shared rows to expect of two random tickets of these sizes: the mean of the hypergeometric distribution."""
         return len(self.rows[one]) * len(self.rows[other]) / self.vocab_size
 
-    def mean_jaccard(self) -> float:
-        """Over all pairs of tickets."""
+    def mean_jaccard(self) -> float | None:
+        """Over all pairs of tickets of which one has rows; None if all are empty."""
         pairs = [(one, other) for one in range(len(self.names)) for other in range(one)]
-        return sum(self.jaccard(*pair) for pair in pairs) / len(pairs)
+        known = [overlap for pair in pairs if (overlap := self.jaccard(*pair)) is not None]
+        return sum(known) / len(known) if known else None
 
     def common(self) -> list[int]:
         """Rows of every ticket, sorted."""

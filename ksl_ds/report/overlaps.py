@@ -14,7 +14,7 @@ from ksl_ds.report.html import Section, figure, table, write_report
 from ksl_ds.report.plots import COLORS, INK, style
 from ksl_ds.report.tables import Column, Table, count, decimals, visible
 
-ROWS_SHOWN = 40
+ROWS_SHOWN = 20
 
 
 def overlap_table(overlaps: Overlaps) -> Table:
@@ -37,7 +37,7 @@ def overlap_table(overlaps: Overlaps) -> Table:
     notes = [
         "Diagonal: rows of a ticket. Above: Jaccard overlap, shared rows divided by the rows of either. Below: shared rows, "
         "and in brackets how many two random tickets of these sizes share.",
-        f"Mean Jaccard overlap of all pairs: {overlaps.mean_jaccard():.3f}.",
+        f"Mean Jaccard overlap of all pairs: {decimals(3)(overlaps.mean_jaccard())}.",
     ]
     return Table("What the tickets share", [Column("", numeric=False), *map(Column, overlaps.names)], cells, notes)
 
@@ -76,7 +76,7 @@ def alpha_table(by_alpha: Mapping[float, Overlaps]) -> Table:
 def overlap_map(overlaps: Overlaps) -> Figure:
     """Jaccard overlaps of all pairs as a heat map; sizes on the diagonal."""
     size = len(overlaps.names)
-    values = np.array([[overlaps.jaccard(row, column) for column in range(size)] for row in range(size)])
+    values = np.array([[overlaps.jaccard(row, column) for column in range(size)] for row in range(size)], dtype=float)
     np.fill_diagonal(values, np.nan)
     with style():
         drawn = Figure(figsize=(2.2 + 0.7 * size, 1.6 + 0.5 * size), layout="constrained")

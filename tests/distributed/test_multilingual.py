@@ -70,3 +70,54 @@ def test_a_mistake_in_one_direction_is_one_sentence_on_all_ranks(directions):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert done.stderr.count("ksl-ds: fr-en: text.train: no file data/fr-en.train.jsonl") == 1
     assert not (directions / "run").exists()
+
+
+def test_every_ticket_is_tried_on_every_direction(directions):
+    """Stopped in the midst, continued, and complete: 1 rank and 2 ranks would draw the same tickets (see above)."""
+    words = [*WORDS, "multilingual.seeds=[0]", "embed_tuning.max_steps=4", "partial_tuning.max_steps=4", "draw.top_k=5"]
+    command = ("--module", "ksl_ds", "multilingual", "recipe.yaml", *words)
+    done = succeeds(launch(2, *command, cwd=directions))
+    home = directions / "run"
+    results = json.loads((home / "results.json").read_text())
+    tickets = results["tickets"]["0"]
+    assert list(tickets) == [*DIRECTIONS, "joint"] and all(len(ids) == 5 for ids in tickets.values())
+    found = {(of["kind"], of["source"], of["direction"]): of["scores"] for of in results["scores"]}
+    for source in (*DIRECTIONS, "joint", "union", "intersection", "random"):
+        for direction in DIRECTIONS:
+            empty = source == "intersection" and not set(tickets["en-fr"]) & set(tickets["fr-en"])
+            assert (("trained", source, direction) in found) is not empty
+    assert sum(kind == "applied" for kind, _, _ in found) == 3 * 2
+
+    # Each number is that of its own run; the rows are those that it says.
+    for direction, other in (DIRECTIONS, DIRECTIONS[::-1]):
+        run_dir = home / f"runs/{other}-for-{direction}-seed0"
+        assert json.loads((run_dir / "ticket/ticket.json").read_text())["token_ids"] == tickets[other]
+        stage = json.loads((run_dir / "results.json").read_text())["stages"]["partial_tuning"]
+        assert found["trained", other, direction] == stage["directions"][direction]
+        union = json.loads((home / f"runs/union-for-{direction}-seed0/ticket/ticket.json").read_text())["token_ids"]
+        assert union == sorted({*tickets["en-fr"], *tickets["fr-en"]})
+        applied = found["applied", direction, direction]["test_loss"]
+        assert applied == pytest.approx(found["trained", direction, direction]["test_loss"], rel=1e-5)
+    for text in (
+        "What the tickets share",
+        "Test loss on the test text",
+        "rows of union",
+        "The joint ticket's rows gain",
+    ):
+        assert text in " ".join(done.stdout.split())
+    assert (home / "report.html").read_text().count("<svg") == 3
+
+    # A part that is gone is run again, and nothing else.
+    times = {path: path.stat().st_mtime_ns for path in home.glob("runs/*/results.json")}
+    gone = home / "runs/random-for-fr-en-seed0/results.json"
+    gone.unlink()
+    again = succeeds(launch(2, *command, cwd=directions))
+    assert {path for path in times if path.stat().st_mtime_ns != times[path]} == {gone}
+    assert json.loads((home / "results.json").read_text())["scores"] == results["scores"]
+    assert again.stderr.count("found in") == len(times) - 1
+
+    other = launch(2, *command, "partial_tuning.max_steps=5", cwd=directions)
+    assert other.returncode != 0 and "Traceback" not in other.stderr
+    assert "holds a run of another recipe: partial_tuning.max_steps is 4 there and 5 here" in other.stderr
+    one = launch(1, *command, "text.directions=[en-fr]", "run_dir=one", cwd=directions)
+    assert "text.directions is ['en-fr']; name at least two" in one.stderr
