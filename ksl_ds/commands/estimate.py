@@ -12,7 +12,7 @@ from ksl_ds.report.tables import print_table
 def main(command: EstimateCommand) -> None:
     """Prints the tables. Raises UserError for an unknown model and for values that make no sense."""
     with distributed.raise_on_all_ranks():
-        plan = plan_of(recipe_of(command), command.response_length, command.rows)
+        plan = plan_of(recipe_of(command), command.response_length, command.rows, command.shared_length or 0)
         if distributed.is_rank0():
             for table in tables(plan, command):
                 print_table(table)

@@ -431,6 +431,9 @@ class EstimateCommand:
     rows: Count | None = key(None, "rows of the ticket; empty: the recipe's draw.top_k")
     length: Length | None = key(None, "tokens of every pair; empty: the recipe's text.max_length")
     response_length: Count | None = key(None, "response tokens among these; empty: half")
+    shared_length: Count | None = key(
+        None, "tokens that all prompts begin with, which a packed micro-batch computes once; empty: as if padded"
+    )
     micro_batch_size: BatchSize | None = key(None, "pairs per rank and forward pass; empty: the recipe's")
     precision: Literal["bf16", "fp16", "fp32"] | None = key(None, "of weights and gradients; empty: the recipe's")
     deepspeed: Line | None = key(None, "DeepSpeed JSON; empty: the recipe's")

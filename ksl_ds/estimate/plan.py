@@ -8,6 +8,7 @@ that is timed, on this machine, is the KS test of a few hundred rows.
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +28,8 @@ from ksl_ds.model.adapters import adapter_config, enable_checkpointing, with_ada
 from ksl_ds.model.dry_run import TooSlow, Unmeasured, meta_model, model_config, step_bytes
 from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.sharding.engine import TORCH_DTYPE, linear_of_stage, read_config
+from ksl_ds.text.packing import Packing, packed_positions
+from ksl_ds.text.prompt import Example
 
 
 class Estimated(str, Enum):
@@ -64,6 +67,7 @@ class Plan:
     zero: Zero
     response_length: int
     ticket_rows: int
+    shared_length: int = 0  # tokens that all prompts begin with, which a packed row holds once
     too_slow: str = ""  # why no further dry run is tried
 
     def meta_model(self) -> Any:
@@ -73,6 +77,23 @@ class Plan:
         return meta_model(
             self.config, TORCH_DTYPE[self.recipe.training.precision], untied=untied, trust_remote_code=trust
         )
+
+    def packed_positions(self, model: Any) -> int:
+        """Positions of a micro-batch in one row; 0 where it is padded: training.packing, and what is less work."""
+        training = self.recipe.training
+        prompt_length = self.recipe.text.max_length - self.response_length
+        shares = training.packing in ("auto", "prefix") and 0 < self.shared_length < prompt_length
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not shares or "position_ids" not in inspect.signature(base.forward).parameters:
+            return 0
+        width = model.get_input_embeddings().weight.shape[1] if training.packing == "auto" else 0
+        beginning = [0] * self.shared_length
+        pairs = [
+            Example(beginning + [number] * (prompt_length - self.shared_length), [0] * self.response_length)
+            for number in range(training.micro_batch_size)
+        ]
+        (indices,), packed = Packing("prefix", width).micro_batches(pairs, range(len(pairs)), 0, 1, len(pairs))
+        return packed_positions([pairs[index] for index in indices], shares_prompt=True) if packed else 0
 
     def training(self) -> ModelDims:
         """The numbers of the recipe for the arithmetic."""
@@ -103,6 +124,7 @@ class Plan:
                 working = step_bytes(
                     model, training.micro_batch_size, self.recipe.text.max_length, self.response_length,
                     checkpointing=checkpointing, linear=linear,
+                    packed_positions=0 if name is Estimated.PREFIX else self.packed_positions(model),
                 )  # fmt: skip
             except Unmeasured as error:
                 if isinstance(error, TooSlow):
@@ -141,16 +163,21 @@ def frozen_in_layers(model: Any) -> int:
     return sum(sum(numels[:-1]) for numels in matrices)
 
 
-def plan_of(recipe: Recipe, response_length: int | None = None, ticket_rows: int | None = None) -> Plan:
+def plan_of(
+    recipe: Recipe, response_length: int | None = None, ticket_rows: int | None = None, shared_length: int = 0
+) -> Plan:
     """The plan of a recipe, whose `text.max_length` is the length of every pair. Raises UserError."""
     model = recipe.model
     config = model_config(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     length = recipe.text.max_length
     if response_length is not None and not 0 < response_length < length:
         raise UserError(f"response_length is {response_length}; it lies between 0 and length ({length}), both excluded")
+    prompt_length = length - (response_length or length // 2)
+    if shared_length and shared_length >= prompt_length:
+        raise UserError(f"shared_length is {shared_length}; it lies below the length of a prompt, {prompt_length}")
     return Plan(
         model.path, config, recipe, Zero.of(read_config(recipe.deepspeed)), response_length or length // 2,
-        ticket_rows or recipe.draw.top_k,
+        ticket_rows or recipe.draw.top_k, shared_length,
     )  # fmt: skip
 
 

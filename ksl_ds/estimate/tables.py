@@ -81,6 +81,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
             f"{total:,} parameters; {plan.recipe.deepspeed}, {step.precision}; a rank runs {step.micro_batch_size} pairs of "
             f"{plan.recipe.text.max_length:,} tokens at once, {plan.response_length:,} of them response; ticket of "
             f"{plan.ticket_rows} rows.",
+            *_packing_note(plan),
             "peak: weights, gradients, optimizer, buffers, and the larger of gathered + activations and the optimizer's "
             "fp32 gradients. activations: with logits and passing gradients.",
             f"fits on: the fewest GPUs, with {size(RESERVED)} of each left to CUDA and NCCL. host: memory of the host for a "
@@ -154,6 +155,14 @@ def _left_open(found: dict[tuple[str, bool], MethodCost | str]) -> list[str]:
         reason + ("." if len(names) == everything else f". Concerns {', '.join(names)}.")
         for reason, names in cases.items()
     ]
+
+
+def _packing_note(plan: Plan) -> list[str]:
+    positions = plan.packed_positions(plan.meta_model())
+    if not positions:
+        return []
+    padded = plan.recipe.training.micro_batch_size * plan.recipe.text.max_length
+    return [f"Packed (training.packing={plan.recipe.training.packing}): {positions:,} positions of {padded:,}."]
 
 
 def _evaluation_note(plan: Plan, total: int, training: ModelDims) -> list[str]:

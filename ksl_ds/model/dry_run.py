@@ -176,6 +176,8 @@ def _attention(
         key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
     batch, _, length, _ = query_BHLC.shape
     bias_B1LL = query_BHLC.new_empty(batch, 1, length, key.shape[2])  # keys are more under a trained prefix
+    if attention_mask is not None and attention_mask.dtype == query_BHLC.dtype:
+        bias_B1LL = attention_mask  # a packed row's: one for all layers
     output_BHLC = _FusedAttention.apply(query_BHLC, key, value, bias_B1LL)
     return output_BHLC.transpose(1, 2).contiguous(), None
 
@@ -195,6 +197,7 @@ def step_bytes(
     *,
     checkpointing: bool,
     linear: Callable[..., Tensor] = F.linear,
+    packed_positions: int = 0,
 ) -> int:
     """Peak bytes of activations, logits and passing gradients of one forward and backward pass of a rank.
 
@@ -212,6 +215,8 @@ def step_bytes(
         Recompute each layer in the backward pass.
     linear
         Replaces torch.nn.functional.linear; ZeRO-3's saves the input even for frozen weights.
+    packed_positions
+        Positions of the row into which the pairs are packed, with a mask of their own; 0: they are padded.
 
     Raises
     ------
@@ -222,7 +227,7 @@ def step_bytes(
     reason = ""
     # Most run without a mask, and the fused attention has its own; a few build one from the padding.
     for masked in (False, True):
-        run = _Passes(model, batch_size, length, response_length, masked, linear, deadline)
+        run = _Passes(model, batch_size, length, response_length, masked, linear, deadline, packed_positions)
         try:
             return _step_bytes(run, checkpointing)
         except TooSlow:
@@ -243,6 +248,7 @@ class _Passes:
     masked: bool  # whether the model gets an attention mask
     linear: Callable[..., Tensor]
     deadline: float
+    packed_positions: int
 
 
 def _step_bytes(run: _Passes, checkpointing: bool) -> int:
@@ -299,6 +305,7 @@ def _phase_peaks(run: _Passes) -> list[int]:
 
     handles.append(model.get_input_embeddings().register_forward_hook(mark))
     mask = {"attention_mask": torch.ones(batch_size, length, dtype=torch.int64, device="meta")} if run.masked else {}
+    num_targets = batch_size * run.response_length
     with ExitStack() as block:
         block.enter_context(torch.device("meta"))
         block.enter_context(mock.patch.object(F, "linear", run.linear))
@@ -307,12 +314,23 @@ def _phase_peaks(run: _Passes) -> list[int]:
         for handle in handles:
             block.callback(handle.remove)
         block.enter_context(live)
-        input_ids = torch.empty(batch_size, length, dtype=torch.int64)
-        mask_B1LL = torch.empty(batch_size, 1, length, length, dtype=torch.bool)  # noqa: F841  every layer's, alive
-        logits_BLV = model(input_ids=input_ids, use_cache=False, logits_to_keep=run.response_length + 1, **mask).logits
-        rows, columns = (torch.empty(batch_size * run.response_length, dtype=torch.int64) for _ in range(2))
-        logits_NV = logits_BLV[:, :-1][rows, columns].float()
-        loss = F.cross_entropy(logits_NV, torch.empty_like(rows), reduction="sum")
+        if run.packed_positions:
+            ids_P = torch.empty(1, run.packed_positions, dtype=torch.int64)
+            mask_PP = torch.empty(1, 1, run.packed_positions, run.packed_positions, dtype=model.dtype)
+            kept_N = torch.empty(num_targets, dtype=torch.int64)
+            logits_BLV = model(
+                input_ids=ids_P, position_ids=ids_P, attention_mask=mask_PP, use_cache=False, logits_to_keep=kept_N
+            ).logits
+            logits_NV = logits_BLV[0].float()
+        else:
+            input_ids = torch.empty(batch_size, length, dtype=torch.int64)
+            mask_B1LL = torch.empty(batch_size, 1, length, length, dtype=torch.bool)  # noqa: F841  every layer's, alive
+            logits_BLV = model(
+                input_ids=input_ids, use_cache=False, logits_to_keep=run.response_length + 1, **mask
+            ).logits
+            rows, columns = (torch.empty(num_targets, dtype=torch.int64) for _ in range(2))
+            logits_NV = logits_BLV[:, :-1][rows, columns].float()
+        loss = F.cross_entropy(logits_NV, torch.empty(num_targets, dtype=torch.int64), reduction="sum")
         del logits_BLV, logits_NV
         live.end_phase()
         loss.backward()

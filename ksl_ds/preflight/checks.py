@@ -36,6 +36,7 @@ from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.text.batches import check_positions
 from ksl_ds.text.corpus import Split
 from ksl_ds.text.directions import load_texts
+from ksl_ds.text.packing import shared_beginning
 from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of
 from ksl_ds.training.run import corpus_sha256, previous_results, virtual_tokens
@@ -182,8 +183,12 @@ def method_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config:
     checks.on_all("method", check)
 
 
-def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[int, int] | None:
-    """Checks that the text is readable and equal on all hosts. Returns tokens of the longest pair and response, or None."""
+def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[int, int, int] | None:
+    """Checks that the text is readable and equal on all hosts.
+
+    Returns tokens of the longest pair, of the longest response, and of the beginning that all training prompts share; None
+    where the text cannot be read.
+    """
     text = recipe.text
 
     def check() -> tuple[str, Any]:
@@ -195,15 +200,16 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
         counts = [f"{len(examples):,} {name}" for name, examples in every.items()]
         longest = max(len(example) for examples in every.values() for example in examples)
         response = max(len(example.response_ids) for examples in every.values() for example in examples)
+        shared = shared_beginning(every["train"])
         check_positions(every, folder.positions, recipe.evaluation.max_new_tokens, virtual_tokens(recipe))
-        return f"{', '.join(counts)} pairs; the longest has {longest} tokens", (digests, longest, response)
+        return f"{', '.join(counts)} pairs; the longest has {longest} tokens", (digests, longest, response, shared)
 
     found = checks.on_all("text", check)
     if found is None:
         return None
-    checks.same("text", [digests for digests, _, _ in found], "other text")
-    _, longest, response = found[0]
-    return longest, response
+    checks.same("text", [digests for digests, *_ in found], "other text")
+    _, longest, response, shared = found[0]
+    return longest, response, shared
 
 
 def scores_and_wandb(checks: Checklist, recipe: Recipe) -> None:
@@ -227,13 +233,13 @@ def smallest_device(checks: Checklist) -> int:
     return min(distributed.gather_objects(_device_memory() // neighbours))
 
 
-def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int] | None, memory: int) -> None:
+def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int, int] | None, memory: int) -> None:
     """Compares the estimate for the recipe's method at the longest pair of the text with `memory` bytes per rank."""
     recipe = copy.deepcopy(recipe)
     try:
         plan: Plan = plan_of(recipe)
         if longest is not None:
-            recipe.text.max_length, plan.response_length = longest
+            recipe.text.max_length, plan.response_length, plan.shared_length = longest
         training = plan.training()
         method = plan.method(Estimated.of(recipe), checkpointing=recipe.training.gradient_checkpointing)
     except UserError as error:

@@ -21,6 +21,7 @@ from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.sharding.engine import adamw, training_engine
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.text.batches import collate_training
+from ksl_ds.text.packing import collate_packed
 from ksl_ds.text.prompt import Example
 from ksl_ds.training.loss import response_nll
 from ksl_ds.training.run import open_run
@@ -38,12 +39,13 @@ SOME_STAYS = {
     "stage3_prefetch_bucket_size": 20_000,
     "stage3_param_persistence_threshold": 200,
 }
-# Name: DeepSpeed's settings, precision, checkpointing, the methods measured one after the other.
+# Name: DeepSpeed's settings, precision, checkpointing, the methods measured one after the other, tokens that prompts share.
 SETTINGS = {
-    "nothing stays": (NOTHING_STAYS, "bf16", False, ("full", "embed")),
-    "some stays": (SOME_STAYS, "bf16", True, ("full", "embed", "ticket, hooks", "ticket, rows", "lora")),
-    "fp32": (NOTHING_STAYS, "fp32", False, ("embed",)),
-    "stage 2": ({"stage": 2}, "bf16", False, ("full",)),
+    "nothing stays": (NOTHING_STAYS, "bf16", False, ("full", "embed"), 0),
+    "some stays": (SOME_STAYS, "bf16", True, ("full", "embed", "ticket, hooks", "ticket, rows", "lora"), 0),
+    "fp32": (NOTHING_STAYS, "fp32", False, ("embed",), 0),
+    "stage 2": ({"stage": 2}, "bf16", False, ("full",), 0),
+    "packed": (NOTHING_STAYS, "bf16", False, ("full", "embed"), 20),
 }
 
 
@@ -74,8 +76,8 @@ def held() -> int:
     return sum(storages.values())
 
 
-def measure(run, method: str) -> dict[str, float]:
-    """Bytes of this rank while `method` trains."""
+def measure(run, method: str, shared: int) -> dict[str, float]:
+    """Bytes of this rank while `method` trains, on pairs whose prompts share their first tokens."""
     model, recipe = run.model, run.recipe
     embedding = model.get_input_embeddings().weight
     rows: TicketRows | TrainedRows | None = None
@@ -101,6 +103,10 @@ def measure(run, method: str) -> dict[str, float]:
     examples = [Example([5] * (LENGTH - RESPONSE), [6] * RESPONSE)] * (BATCH - 1)
     examples += [Example([5] * (LENGTH - RESPONSE - 1), [6] * RESPONSE)]  # a padding mask, as real text has
     batch = collate_training(examples, 0)
+    if shared:
+        own = LENGTH - RESPONSE - shared
+        examples = [Example([5] * shared + [7 + number] * own, [6] * RESPONSE) for number in range(BATCH)]
+        batch = collate_packed(examples, next(model.parameters()).dtype, shares_prompt=True)
     found: dict[str, float] = {}
     with training_engine(model, adamw(parameters, recipe.embed_tuning), None, run.config) as engine:
         for _ in range(3):  # DeepSpeed learns in the first step in which order weights are used
@@ -130,7 +136,7 @@ def measure(run, method: str) -> dict[str, float]:
         }
         found["optimizer"] = sum(size for at, size in storages.items() if at not in weights_at)
         found["optimizer"] += sum(v.nbytes for _, s in states for v in s.values() if isinstance(v, torch.Tensor))
-        states = storages = optimizer = None
+        states = storages = optimizer = batch = None
         found["all"] = held() - before + weights
     if rows is not None:
         rows.remove()
@@ -138,7 +144,7 @@ def measure(run, method: str) -> dict[str, float]:
 
 
 def check(name: str) -> None:
-    section, precision, checkpointing, methods = SETTINGS[name]
+    section, precision, checkpointing, methods, shared = SETTINGS[name]
     if distributed.is_rank0():
         section = {"stage": 3, "reduce_bucket_size": 50_000, **section}
         Path(f"{name}.json").write_text(json.dumps({"zero_optimization": section}))
@@ -150,15 +156,19 @@ def check(name: str) -> None:
             f"run_dir=run {name}", f"deepspeed={name}.json", f"training.precision={precision}", "method=lora",
             f"training.micro_batch_size={BATCH}", f"training.batch_size={BATCH * distributed.world_size()}",
             f"training.gradient_checkpointing={str(checkpointing).lower()}", f"text.max_length={LENGTH}",
+            "training.packing=prefix",
         ],
     )  # fmt: skip
-    plan = plan_of(recipe, RESPONSE, ROWS)
+    plan = plan_of(recipe, RESPONSE, ROWS, shared)
     training = plan.training()
     report = {}
     with open_run(recipe) as run:
         for method in methods:
             cost = plan.method(Estimated(method), checkpointing=checkpointing)
-            report[method] = (measure(run, method), rank_needs(cost, training, plan.zero, distributed.world_size()))
+            report[method] = (
+                measure(run, method, shared),
+                rank_needs(cost, training, plan.zero, distributed.world_size()),
+            )
     for method, (found, needs) in report.items():
         states = needs.weights + needs.optimizer + needs.buffers
         said = {

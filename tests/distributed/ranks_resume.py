@@ -58,6 +58,7 @@ METHODS = {
     "rows, stage 2, bf16": ("partial_tuning", [*ROWS, "deepspeed=zero2.json", "training.precision=bf16"]),
     "hooks, bf16": ("partial_tuning", [*ROWS, "partial_tuning.mode=hooks", "training.precision=bf16"]),
     "full": ("full_tuning", ["method=full", "full_tuning.learning_rate=0.01"]),
+    "full, packed": ("full_tuning", ["method=full", "full_tuning.learning_rate=0.01", "training.packing=prefix"]),
     "lora": ("lora", ["method=lora", "lora.learning_rate=0.01", "lora.lora_dropout=0.2"]),
     "prefix": ("prefix_tuning", ["method=prefix", "prefix.learning_rate=0.05", "prefix.num_virtual_tokens=4"]),
 }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import pytest
+import ranks_packing
+from helpers.cases import job_of_cases
+from helpers.runs import prepare_job
 
-from helpers.processes import launch, succeeds
-
-HERE = Path(__file__).parent
+packing = job_of_cases(ranks_packing, ranks=[2], prepare=prepare_job)
 
 
-def test_packing_trains_as_padding_does(job):
-    """Seven architectures pack with the same losses; ALiBi and state-space models fall back, and the reason is one line."""
-    done = succeeds(launch(2, HERE / "ranks_packing.py", cwd=job))
-    for architecture in ("bloom", "mamba"):
-        line = f"micro-batches are padded, not packed: the code of {architecture} takes no position_ids"
-        assert done.stderr.count(line) == 1
+@pytest.mark.parametrize("case", ranks_packing.CASES)
+def test_packing_trains_as_padding_does(case, packing):
+    """Losses and gradient norms; ALiBi and state-space models fall back, and the reason is one line."""
+    packing(case)
+    if case in ranks_packing.PADDED:
+        line = f"micro-batches are padded, not packed: the code of {case} takes no position_ids"
+        assert packing.job.stderr.count(line) == 1

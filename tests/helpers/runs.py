@@ -32,6 +32,7 @@ def prepare_job(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE)
 
 
-def losses(run_dir: Path, stage: str) -> list[float]:
+def losses(run_dir: Path, stage: str, name: str = "loss") -> list[float]:
+    """A number that is logged with every training step."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
+    return [line[name] for line in lines if line["stage"] == stage and "loss" in line]

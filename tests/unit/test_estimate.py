@@ -194,3 +194,26 @@ def test_a_recipe_says_what_the_command_line_does_not(tmp_path, capsys):
 def test_values_without_meaning_are_one_sentence(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
         estimate.main(load_recipe(EstimateCommand, None, ["model=smollm2-135m", word]))
+
+
+def test_positions_are_counted_as_packed_where_prompts_share_a_beginning(tmp_path):
+    folder = str(make_model_folder(tmp_path / "model"))
+    words = ("text.max_length=60", "training.micro_batch_size=8", "training.packing=prefix")
+    packed = plan(folder, *words, response_length=20, shared_length=30)
+    positions = packed.packed_positions(packed.meta_model())
+    assert positions == 30 + 8 * (60 - 30)
+    of_packed, of_padded = (
+        one.method(Estimated.FULL, checkpointing=False).working
+        for one in (packed, plan(folder, *words, response_length=20))
+    )
+    assert of_packed < of_padded
+    # Padding: nothing shared, asked for, prefix tuning, or less work than a long row's attention.
+    for settings, more in (({}, ()), ({"shared_length": 30}, ("training.packing=off",))):
+        padded = plan(folder, *words, *more, response_length=20, **settings)
+        assert padded.packed_positions(padded.meta_model()) == 0
+    long = plan(folder, "text.max_length=3000", "training.micro_batch_size=8", response_length=1500, shared_length=2)
+    assert long.packed_positions(long.meta_model()) == 0
+    mamba = plan(str(make_model_folder(tmp_path / "mamba", "mamba")), *words, response_length=20, shared_length=30)
+    assert mamba.packed_positions(mamba.meta_model()) == 0
+    with pytest.raises(UserError, match="shared_length is 40; it lies below the length of a prompt, 40"):
+        plan(folder, *words, response_length=20, shared_length=40)
