@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,10 +170,19 @@ def collate_training(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def collate_prompts(prompts: list[list[int]], pad_id: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask, (B, L) int64, padded on the left as generation needs it."""
+def common_length(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, at least one token of each left."""
+    first, *others = prompts
+    most = min(map(len, prompts)) - 1
+    return next((at for at in range(most) if any(other[at] != first[at] for other in others)), most)
+
+
+def collate_prompts(prompts: list[list[int]], pad_id: int, shared: int = 0) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (B, L) int64, padded on the left as generation needs it, but after `shared` tokens."""
     longest = max(map(len, prompts))
     return {
-        "input_ids": torch.tensor([[pad_id] * (longest - len(row)) + row for row in prompts]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts]),
+        "input_ids": torch.tensor([row[:shared] + [pad_id] * (longest - len(row)) + row[shared:] for row in prompts]),
+        "attention_mask": torch.tensor(
+            [[1] * shared + [0] * (longest - len(row)) + [1] * (len(row) - shared) for row in prompts]
+        ),
     }

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ksl_ds.text.batches import collate_training, rank_micro_batches
+from ksl_ds.text.batches import collate_training, common_length, rank_micro_batches
 from ksl_ds.text.prompt import Example
 
 Layout = Literal["prefix", "sequences", "off"]
@@ -87,9 +87,7 @@ class Packing:
 
 def shared_beginning(examples: Sequence[Example]) -> int:
     """How many tokens all prompts begin with, at least one token of each prompt left."""
-    first, *others = [example.prompt_ids for example in examples]
-    most = min(map(len, [first, *others])) - 1
-    return next((at for at in range(most) if any(other[at] != first[at] for other in others)), most)
+    return common_length([example.prompt_ids for example in examples])
 
 
 def packed_positions(examples: Sequence[Example], *, shares_prompt: bool) -> int:

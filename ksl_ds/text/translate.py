@@ -21,7 +21,7 @@ import torch
 
 from ksl_ds import distributed
 from ksl_ds.config.schema import Evaluation
-from ksl_ds.text.batches import collate_prompts, padding_id
+from ksl_ds.text.batches import collate_prompts, common_length, padding_id
 
 
 @dataclass
@@ -42,6 +42,7 @@ def translate(
     *,
     partitioned: bool,
     label: str,
+    shares_prompt: bool = False,
 ) -> list[Translation]:
     """Translates all prompts. Collective; every rank gets all hypotheses in order.
 
@@ -59,6 +60,9 @@ def translate(
         Whether forward passes are collectives (ZeRO-3).
     label
         Of the progress bar.
+    shares_prompt
+        Compute the beginning that all prompts of a batch share once, where the model's cache allows it. Only for a model that
+        is known to take masks and positions as they are given.
     """
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     mine = by_length[distributed.rank() :: distributed.world_size()]
@@ -76,12 +80,16 @@ def translate(
         for indices in bar:
             # A rank without prompts left runs the shortest one with the others and discards the result.
             translated = indices or by_length[-1:]
-            batch = collate_prompts([prompts[index] for index in translated], pad_id)
+            some = [prompts[index] for index in translated]
+            shared = common_length(some) if shares_prompt and not partitioned and len(some) > 1 else 0
+            cache = _prefilled(model, some[0][:shared], len(some) * evaluation.num_beams) if shared else None
+            batch = collate_prompts(some, pad_id, shared if cache is not None else 0)
             output_BL = model.generate(
                 input_ids=batch["input_ids"].to(distributed.device()),
                 attention_mask=batch["attention_mask"].to(distributed.device()),
                 generation_config=search,
                 synced_gpus=partitioned,
+                **({"past_key_values": cache} if cache is not None else {}),
             )
             answers_BL = output_BL[:, batch["input_ids"].shape[1] :].tolist()
             hypotheses = {
@@ -93,6 +101,21 @@ def translate(
     for part in distributed.gather_objects(found):
         everything |= part
     return [everything[index] for index in range(len(prompts))]
+
+
+def _prefilled(model: Any, ids: list[int], rows: int) -> Any:
+    """A cache that holds `ids` for each row, from one forward pass; None for a model with a cache of another kind.
+
+    Other kinds, such as those of sliding windows and of state-space models, do not hold all positions.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    output = model(input_ids=torch.tensor([ids], device=distributed.device()), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def search_settings(evaluation: Evaluation, end_ids: list[int], pad_id: int) -> Any:

@@ -88,7 +88,13 @@ def evaluate_stage(
             for name, some in places.items()
         }
         translations = translate(
-            module, run.tokenizer, run.prompts, evaluation, partitioned=partitioned, label=f"translating, {label}"
+            module,
+            run.tokenizer,
+            run.prompts,
+            evaluation,
+            partitioned=partitioned,
+            label=f"translating, {label}",
+            shares_prompt=packing.layout == "prefix",
         )
 
     def score_and_write() -> dict[str, Any]:

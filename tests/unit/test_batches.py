@@ -18,6 +18,7 @@ from ksl_ds.text.batches import (
     check_positions,
     collate_prompts,
     collate_training,
+    common_length,
     encode_corpus,
     epoch_order,
     rank_micro_batches,
@@ -114,6 +115,14 @@ def test_prompts_are_padded_on_the_left():
     batch = collate_prompts([[5, 6, 7], [8], [PAD, 9]], PAD)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [PAD, PAD, 8], [PAD, PAD, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+
+
+def test_prompts_that_share_a_beginning_are_padded_behind_it():
+    batch = collate_prompts([[7, 8, 1, 2, 3], [7, 8, 4]], 0, shared=2)
+    assert batch["input_ids"].tolist() == [[7, 8, 1, 2, 3], [7, 8, 0, 0, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 1]]
+    assert common_length([[7, 8, 1], [7, 8, 4]]) == 2
+    assert common_length([[7, 8], [7, 8]]) == 1 and common_length([[7], [7, 8]]) == 0  # one token of each is left
 
 
 def test_padding_changes_no_loss_and_no_next_token():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from helpers.tiny import SENTENCES, make_model_folder, make_tokenizer
+from helpers.tiny import SENTENCES, SHAPES, make_model_folder, make_tokenizer, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -321,3 +321,59 @@ def test_the_space_before_french_punctuation_stays(model, monkeypatch):
     )
     (translation,) = translate(model, tokenizer, [[2]], Evaluation(), partitioned=False, label="test")
     assert translation.text == "Vraiment ?"
+
+
+# --- the shared beginning of prompts ---
+
+
+def sharing_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    beginning = torch.randint(3, 134, (12,), generator=generator).tolist()
+    return [beginning + torch.randint(3, 134, (size,), generator=generator).tolist() for size in (3, 9, 1, 6, 6, 2, 4)]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("architecture", [*SHAPES, "qwen3", "gemma2", "gpt2"])
+def test_a_beginning_computed_once_changes_no_token(architecture, beams):
+    """Caches of sliding windows (Mistral's, Gemma 2's) are computed for every prompt instead, with the same answers."""
+    model = random_model(architecture, 134, tied=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that answers differ
+    positions = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: positions.append(inputs[0].numel())
+    )
+    evaluation = Evaluation(batch_size=4, num_beams=beams, max_new_tokens=12)
+    found = {}
+    computed = {}
+    for shares in (False, True):
+        positions.clear()
+        found[shares] = translate(
+            model,
+            make_tokenizer(),
+            sharing_prompts(),
+            evaluation,
+            partitioned=False,
+            label="test",
+            shares_prompt=shares,
+        )
+        computed[shares] = sum(positions)
+    hook.remove()
+    assert found[True] == found[False]
+    assert len({translation.text for translation in found[True]}) > 1
+    if architecture in ("llama", "qwen2", "gpt_neox", "opt"):
+        # Two batches of 4 and 3 prompts, each with its beams: 12 positions for all of them.
+        assert computed[False] - computed[True] == 12 * (7 * beams - 2)
+
+
+def test_a_model_without_such_a_cache_computes_every_prompt():
+    model = random_model("mamba", 134, tied=False)
+    settings = Evaluation(batch_size=4, max_new_tokens=4)
+    plain, shared = (
+        translate(
+            model, make_tokenizer(), sharing_prompts(), settings, partitioned=False, label="t", shares_prompt=shares
+        )
+        for shares in (False, True)
+    )
+    assert plain == shared
