@@ -108,7 +108,7 @@ COMMANDS = {
         ),
         Command(
             "multilingual",
-            "tickets of several directions: their overlaps, and what each does for the others",
+            "tickets of several directions: overlaps, and transfer to each other",
             RECIPE_USAGE,
             "Recipe",
         ),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ksl_ds.config.methods import Stage
 from ksl_ds.environment import Environment
@@ -39,7 +41,7 @@ class TransferRun:
 class DirectionScore(Record):
     """Rows of `source` on `direction`, with one seed; `test` against the direction's own ticket, trained."""
 
-    kind: Kind
+    kind: Annotated[Kind, Field(strict=False)]  # text in JSON
     source: str
     direction: str
     seed: int
