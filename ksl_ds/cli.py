@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=16, width=110)
+    return argparse.HelpFormatter(prog, max_help_position=18, width=110)
 
 
 def _keys_help(schema: str) -> str:
