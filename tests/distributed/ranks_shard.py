@@ -232,14 +232,16 @@ def check_traffic() -> None:
         assert ranks == 1 or moved > vectors * num_rows * 4, moved
 
 
-CASES = {
+GEOMETRIES = {
     f"{SHAPES[number][0]} x {SHAPES[number][1]}, {'partitioned' if partitioned else 'whole'}": partial(
         check_shape, number, partitioned
     )
     for number in range(len(SHAPES))
     for partitioned in (True, False)
 }
-CASES |= {f"stage {case[0]}, {case[1] or 'plain'}, {case[2]}": partial(check_engine, *case) for case in ENGINES}
+CASES = GEOMETRIES | {
+    f"stage {case[0]}, {case[1] or 'plain'}, {case[2]}": partial(check_engine, *case) for case in ENGINES
+}
 CASES |= {
     "not finite": check_not_finite,
     "ranks disagree": check_disagreement,

@@ -9,12 +9,18 @@ import ranks_shard
 from helpers.cases import job_of_cases
 from helpers.processes import launch
 
-shards = job_of_cases(ranks_shard, ranks=[1, 2, 3, 4])
+shards = job_of_cases(ranks_shard, ranks=[1, 2, 3])
+shards_of_four = job_of_cases(ranks_shard, ranks=[4])
 
 
 @pytest.mark.parametrize("case", ranks_shard.CASES)
 def test_rows_of_every_geometry(case, shards):
     shards(case)
+
+
+@pytest.mark.parametrize("case", [*ranks_shard.GEOMETRIES, "traffic"])
+def test_rows_of_every_geometry_on_four_ranks(case, shards_of_four):
+    shards_of_four(case)
 
 
 def test_a_rank_that_dies_in_a_draw_ends_the_job(tmp_path):
