@@ -16,6 +16,7 @@ from torch import nn
 from ksl_ds import distributed
 from ksl_ds.config.methods import Stage
 from ksl_ds.report import records
+from ksl_ds.report.card import CARD
 from ksl_ds.report.records import StageResult, finite
 from ksl_ds.report.tables import decimals
 from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of
@@ -133,8 +134,8 @@ def evaluate_stage(
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder that it does not share with another, such as the base model's, by a hard link."""
-    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    """Bytes of the files in a folder, but its model card, that it does not share with another by a hard link."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file() and path.name != CARD]
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 

@@ -27,9 +27,11 @@ from ksl_ds.model.folder import token_strings, write_model, write_model_with_row
 from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
+from ksl_ds.report.card import licence_of, write_card
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
 from ksl_ds.sharding.partition import full_numel, gathered
 from ksl_ds.sharding.rows import RowShard
+from ksl_ds.text.directions import directions_of
 from ksl_ds.training.evaluation import evaluate_stage
 from ksl_ds.training.loop import train
 from ksl_ds.training.run import RunContext
@@ -139,6 +141,7 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
     evaluate_stage(
         run, Stage.PARTIAL_TUNING, trained_parameters=rows_KD.numel(), outcome=outcome, tuned=run.dir / "ticket"
     )
+    write_ticket_card(run, tuned, run.dir / "ticket", Stage.PARTIAL_TUNING)
 
 
 def tune_all(run: RunContext) -> None:
@@ -199,6 +202,7 @@ def transfer_ticket(run: RunContext, shard: RowShard, ticket: Ticket, folder: Pa
     """
     shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
     evaluate_stage(run, Stage.PARTIAL_TRANSFER, trained_parameters=ticket.rows_KD.numel(), tuned=folder)
+    write_ticket_card(run, ticket, folder, Stage.PARTIAL_TRANSFER)
 
 
 def run_stage(run: RunContext, stage: Stage, shard: RowShard, ticket: Ticket | None = None) -> None:
@@ -345,8 +349,29 @@ def _make_way(out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def write_ticket_card(run: RunContext, ticket: Ticket, out: Path, stage: Stage | None = None) -> None:
+    """Writes the model card of a ticket folder from rank 0, with the scores of `stage` beside untuned and copying."""
+    text = run.recipe.text
+    directions = directions_of(text)
+    shown = (Stage.COPYING_SOURCE, Stage.UNTUNED, stage)
+    stages = {name: scores for name, scores in {**run.results.baselines, **run.stages}.items() if name in shown}
+    distributed.run_on_rank0(
+        lambda: write_card(
+            out,
+            ticket,
+            base_model=run.recipe.model.path,
+            licence=licence_of(run.folder.path),
+            translates=", ".join(f"{one.text.source_language} to {one.text.target_language}" for one in directions),
+            languages=list(dict.fromkeys(code for one in directions for code in one.codes)),
+            stages=stages,
+            seed=run.recipe.seed,
+            environment=run.results.environment,
+        )
+    )
+
+
 def save_ticket(run: RunContext, ticket: Ticket, out: Path) -> None:
-    """Writes a ticket folder from rank 0."""
+    """Writes a ticket folder with its model card from rank 0."""
     shared_head = run.folder.head_module if run.folder.tied and ticket.embedding_scope == "shared" else None
     with distributed.raise_on_all_ranks():
         if distributed.is_rank0():
@@ -355,6 +380,7 @@ def save_ticket(run: RunContext, ticket: Ticket, out: Path) -> None:
                 ticket.save(out, run.folder.embedding_module, shared_head, base_model=run.recipe.model.path)
             except (OSError, ValueError) as error:
                 raise UserError(f"{out} could not be written: {reason(error)}") from None
+    write_ticket_card(run, ticket, out)
 
 
 def token_frequency(run: RunContext) -> Tensor:

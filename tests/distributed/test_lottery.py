@@ -49,6 +49,11 @@ def test_lottery_leaves_a_whole_run_folder(job):
     assert len(losses(job / "run", "partial_tuning")) == 6
     assert "partial tuning" in done.stdout and str(ticket["token_ids"][0]) in done.stdout
 
+    card = (job / "run/ticket/README.md").read_text()
+    assert "English to French" in card and "| partial tuning |" in card and "| untuned |" in card
+    for number in ticket["token_ids"][:50]:
+        assert f"| {number} | " in card
+
     # The same ticket from the files, and models written from it: only the ticket's rows differ from the base.
     succeeds(
         run("ksl-ds", "draw", "before=model", "after=run/checkpoints/embed_tuning", "out=again", "alpha=.5", cwd=job)

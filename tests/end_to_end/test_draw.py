@@ -55,6 +55,8 @@ def test_draws_what_draw_ticket_draws(folders, tmp_path, capsys):
     tokenizer = ModelFolder(folders / "before").tokenizer()
     assert ticket.tokens == tokenizer.convert_ids_to_tokens([3, 40, 77])
 
+    assert "# 3 embedding rows of" in (tmp_path / "ticket/README.md").read_text()
+
     for rule, rows in {"top_k": 2, "shift_ratio": 2, "shift_norm": 2, "random": 2, "bonferroni": 3}.items():
         out = tmp_path / rule
         assert draw(folders, f"out={out}", f"selection={rule}", "top_k=2") == 0
