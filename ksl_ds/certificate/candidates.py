@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ksl_ds import distributed
 from ksl_ds.certificate.criterion import Predictions
-from ksl_ds.certificate.predictions import predict_test_text
+from ksl_ds.certificate.predictions import predict_texts
 from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
@@ -43,7 +43,8 @@ class Candidate:
     record: dict[str, Any]  # what it is, for results.json
     tau_count: int  # tau is tau_count / D; every row outside the ticket has a smaller k
     in_ticket_V: Tensor  # bool
-    predictions: Predictions
+    predictions: dict[str, Predictions]  # by text: "test", and "valid" where there is one
+    ticket: Ticket | None = None  # the ticket that was given
 
 
 def open_reference(recipe: Recipe) -> ModelFolder:
@@ -90,7 +91,7 @@ def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Ca
     dtype = TORCH_DTYPE[recipe.training.precision]
     reference_RD = stored_RD.to(dtype).float()
     shard.write(reference_RD)
-    shift = replace(sharded_shift(shard, base_RD, lengths=False), tested_dtype=dtype_name(dtype))
+    shift = replace(sharded_shift(shard, base_RD), tested_dtype=dtype_name(dtype))
     candidates = []
     if ticket is not None:
         shard.write(base_RD)
@@ -105,7 +106,7 @@ def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Ca
         in_ticket_V = shift.count_V >= count
         if last is None or not torch.equal(in_ticket_V, last.in_ticket_V):
             shard.write(torch.where(in_ticket_V[shard.start : shard.stop, None], reference_RD, base_RD))
-            predictions = predict_test_text(run, f"partial transfer, alpha {alpha:g}")
+            predictions = predict_texts(run, f"partial transfer, alpha {alpha:g}")
         else:
             predictions = last.predictions  # tickets are nested in alpha: the same size is the same ticket
         last = Candidate(
@@ -143,13 +144,13 @@ def _given_ticket(run: RunContext, ticket: Ticket, shift: Shift) -> Candidate:
         "critical_count": count,
         "tokens_of_other_count": int((ticket.count_V != shift.count_V).sum()),
     }
-    return Candidate(record, max(count or 0, outside + 1), in_ticket_V, predict_test_text(run, "the ticket given"))
+    return Candidate(record, max(count or 0, outside + 1), in_ticket_V, predict_texts(run, "the ticket given"), ticket)
 
 
-def predict_reference(run: RunContext, reference: ModelFolder) -> Predictions:
+def predict_reference(run: RunContext, reference: ModelFolder) -> dict[str, Predictions]:
     """The reference's predictions. It takes the place of the freed base in memory, and is freed too."""
     logger.info(f"loading the reference {reference.path}")
     run.model = load_model(replace(run.recipe, model=_reference_model(run.recipe)), reference, run.config)
-    predictions = predict_test_text(run, "reference")
+    predictions = predict_texts(run, "reference")
     free_weights(run.model)
     return predictions

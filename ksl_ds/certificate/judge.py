@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -34,11 +35,15 @@ from ksl_ds.certificate.report import (
     certificate_reading,
     certificate_sections,
     certificate_table,
+    risk_curves,
+    risk_section,
+    risk_table,
 )
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_text
 from ksl_ds.report.tables import print_table, print_text
+from ksl_ds.text.corpus import Split
 from ksl_ds.text.directions import load_split
 from ksl_ds.training.run import RunContext
 from ksl_ds.training.summary import write_run_report
@@ -56,24 +61,42 @@ def trained_sources(recipe: Recipe) -> set[str] | None:
         return {pair.source for corpus in corpora.values() for pair in corpus.pairs}
 
 
-def leave_out(run: RunContext, trained: set[str]) -> int:
-    """Takes test sentences whose source was trained on out of the run, and says how many they were."""
-    test = run.corpora["test"]
-    kept = [index for index, pair in enumerate(test.pairs) if pair.source not in trained]
+def leave_out(run: RunContext, split: Split, known: set[str], where: str = "text.train") -> int:
+    """Takes sentences whose source is `known` out of a text of the run, and says how many they were.
+
+    Parameters
+    ----------
+    run
+        The open run.
+    split
+        Which text.
+    known
+        Sources to leave out.
+    where
+        Where they were seen, for the messages.
+
+    Raises
+    ------
+    UserError
+        If no sentence is left.
+    """
+    corpus = run.corpora[split]
+    kept = [index for index, pair in enumerate(corpus.pairs) if pair.source not in known]
     if not kept:
         raise UserError(
-            f"{test.name}: the source of every sentence is in text.train too; a certificate needs text that was not trained on"
+            f"{corpus.name}: the source of every sentence is in {where} too; a certificate needs text that was not trained on"
         )
-    overlap = len(test.pairs) - len(kept)
+    overlap = len(corpus.pairs) - len(kept)
     if overlap:
-        test.dropped["since their source is in text.train"] = overlap
-        test.pairs = [test.pairs[index] for index in kept]
-        run.examples["test"] = [run.examples["test"][index] for index in kept]
-        run.prompts = [run.prompts[index] for index in kept]
-        part = run.results.text["test"]
+        corpus.dropped[f"since their source is in {where}"] = overlap
+        corpus.pairs = [corpus.pairs[index] for index in kept]
+        run.examples[split] = [run.examples[split][index] for index in kept]
+        if split == "test":
+            run.prompts = [run.prompts[index] for index in kept]
+        part = run.results.text[split]
         part.pairs = len(kept)
-        part.dropped = test.dropped
-        logger.info(f"{overlap:,} test sentences left out, since their source is in text.train; {len(kept):,} remain")
+        part.dropped = corpus.dropped
+        logger.info(f"{overlap:,} {split} sentences left out, since their source is in {where}; {len(kept):,} remain")
     return overlap
 
 
@@ -94,7 +117,8 @@ def judge(
     count = candidate.tau_count
     by_criterion_N = certified(first_N, second_N, count, num_samples)
     by_union_N = certified(first_N, second_N, count, num_samples, untuned_N)
-    agrees_N = reference.top_N == candidate.predictions.top_N
+    predictions = candidate.predictions["test"]
+    agrees_N = reference.top_N == predictions.top_N
     row = {
         **candidate.record,
         "ticket_rows": int(candidate.in_ticket_V.sum()),
@@ -106,7 +130,7 @@ def judge(
     }
     differing = ((by_criterion_N | by_union_N) & ~agrees_N).nonzero().flatten()
     widest_first = (first_N - second_N)[differing].argsort(descending=True, stable=True)
-    examples = _counterexamples(run, candidate.predictions, reference, differing[widest_first].tolist())
+    examples = _counterexamples(run, predictions, reference, differing[widest_first].tolist())
     for example in examples:
         token = example["token"]
         example |= {"candidate": candidate_name(row), "by_reconstructed": bool(by_criterion_N[token])}
@@ -150,8 +174,10 @@ def _counterexamples(
     return examples
 
 
-def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, Any]]) -> None:
-    """Prints the table and what it says, writes counterexamples.jsonl and report.html."""
+def show(
+    run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, Any]], risk: Mapping[str, Any] | None
+) -> None:
+    """Prints the tables and what they say, writes counterexamples.jsonl and report.html; `risk` as certify_texts gave it."""
     for step, row in enumerate(rows):
         numbers = {
             f"{name}_{key}": row[name][key]
@@ -169,6 +195,9 @@ def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, A
     reading = certificate_reading(rows)
     print_table(content)
     print_text("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
+    if risk is not None:
+        print_table(risk_table(risk))
+        print_text("\n" + textwrap.fill(risk["sentence"], 100, subsequent_indent="  "))
 
     def write() -> None:
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
@@ -176,6 +205,10 @@ def show(run: RunContext, rows: list[dict[str, Any]], examples: list[dict[str, A
         curves = certificate_curves(rows)
         run.tracker.figure("Certificate", curves)
         sections = certificate_sections(content, reading, curves, examples)
+        if risk is not None:
+            risk_figure = risk_curves(risk)
+            run.tracker.figure("Certified risk", risk_figure)
+            sections.insert(0, risk_section(risk, risk_figure))
         write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
 
     distributed.run_on_rank0(write)

@@ -24,12 +24,15 @@ from ksl_ds.training.packing import packing_of
 from ksl_ds.training.run import RunContext
 
 
-def predict_test_text(run: RunContext, label: str) -> Predictions:
-    """The predictions of the run's model as it stands on the test text, in its order, the same on every rank."""
+def predict_texts(run: RunContext, label: str) -> dict[str, Predictions]:
+    """The predictions of the run's model as it stands on each of its texts, in their order, the same on every rank."""
     with evaluation_model(run) as (module, _):
         packing = packing_of(run, module)
         size = run.recipe.evaluation.batch_size
-        return predict(module, run.model, run.examples["test"], run.pad_id, size, label, packing)
+        return {
+            part: predict(module, run.model, examples, run.pad_id, size, f"{label}, {part} text", packing)
+            for part, examples in run.examples.items()
+        }
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
 from ksl_ds.config.methods import label_of
 from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.plots import INK, PALETTE, style
-from ksl_ds.report.tables import DASH, Column, Table, count, decimals, visible
+from ksl_ds.report.tables import DASH, Column, Table, count, decimals, probability, visible
 
 PERCENT = f"{CONFIDENCE:.0%}"
 CLAIMS = {
@@ -212,3 +212,106 @@ def counterexamples_html(found: Sequence[Mapping[str, Any]]) -> Markup:
         shown = f"the {SHOWN} of widest margin of " if len(examples) > SHOWN else ""
         parts.append(table(Table(f"{name}: {shown}{len(examples):,} certified tokens that differ", columns, cells)))
     return Markup("\n").join(parts)
+
+
+RISKS = {
+    "tokens": "the share of a sentence's tokens on which its top token differs from the embed-tuned model's",
+    "sentence": "the share of sentences with a token on which its top token differs from the embed-tuned model's",
+}
+ASSUMED = (
+    "Valid for any model and any number of tickets (Learn then Test), if the sentences of text.valid are independent draws "
+    "from the text that is to come, and neither the embed-tuned model nor certify.alphas was chosen by them: text that "
+    "trained the model or chose its learning rate is no calibration text. Tickets are tested from the largest to the smallest "
+    "until one fails. The upper bound is of one ticket looked at alone. The held-out risk, on text.test, decides nothing."
+)
+
+
+def risk_table(risk: Mapping[str, Any]) -> Table:
+    """One row a ticket, in the order tested: `risk` is results.json's `certificate.risk`."""
+    columns = [Column("", numeric=False), Column("rows"), Column("measured risk")]
+    columns += [
+        Column(f"upper bound, {risk['confidence']:.0%}"),
+        Column("p"),
+        Column("bound", numeric=False, optional=True),
+    ]
+    columns += [Column("certified", numeric=False), Column("held-out risk")]
+    number = decimals(4)
+    cells = [
+        [
+            ticket["name"],
+            count(ticket["rows"]),
+            number(ticket["risk"]),
+            number(ticket["upper_bound"]),
+            probability(ticket["p"]),
+            ticket["bound"],
+            "yes" if ticket["certified"] else "no",
+            number(ticket["held_out_risk"]),
+        ]
+        for sequence in risk["sequences"]
+        for ticket in sequence["tickets"]
+    ]
+    sentences = f"{risk['sentences']:,} calibration, {risk['held_out_sentences']:,} held-out sentences"
+    title = f"Risk at most {risk['epsilon']:g}? {sentences}"
+    return Table(title, columns, cells, [f"risk: {RISKS[risk['risk']]}.", ASSUMED])
+
+
+def risk_sentence(risk: Mapping[str, Any]) -> str:
+    """The smallest certified ticket, or what none needs, in one sentence."""
+    found = risk["smallest"]
+    if found is not None:
+        what = RISKS[risk["risk"]].replace("its top token", "the top token")
+        return (
+            f"With {risk['confidence']:.0%} confidence, for the model with the ticket of {found['rows']:,} rows "
+            f"({found['name']}), {what} is at most {risk['epsilon']:g} in the mean: it is {found['risk']:.4f} on "
+            f"{risk['sentences']:,} calibration sentences, and {found['held_out_risk']:.4f} on "
+            f"{risk['held_out_sentences']:,} held-out ones."
+        )
+    parts = []
+    for sequence in risk["sequences"]:
+        first = sequence["tickets"][0]
+        part = f"{first['name']} ({first['rows']:,} rows) has a measured risk of {first['risk']:.4f}"
+        if sequence["needed"] is None:
+            parts.append(f"{part}, and no number of sentences with that risk would do")
+        else:
+            parts.append(f"{part}, and about {sequence['needed']:,} sentences with that risk would do")
+    return (
+        f"No ticket is certified at epsilon {risk['epsilon']:g} with {risk['confidence']:.0%} confidence from "
+        f"{risk['sentences']:,} calibration sentences: {'; '.join(parts)}."
+    )
+
+
+def risk_curves(risk: Mapping[str, Any]) -> Figure:
+    """Risk against ticket size with upper confidence bounds, epsilon, and the smallest certified ticket."""
+    with style():
+        curves = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = curves.subplots()
+        for color, sequence in zip(PALETTE, risk["sequences"], strict=False):
+            tickets = sequence["tickets"]
+            rows = [ticket["rows"] for ticket in tickets]
+            found = [ticket["risk"] for ticket in tickets]
+            axes.plot(rows, found, "o-", color=color, markersize=4, label=f"{sequence['name']}, calibration")
+            axes.vlines(rows, found, [ticket["upper_bound"] for ticket in tickets], color=color, linewidth=1)
+            axes.plot(
+                rows, [ticket["held_out_risk"] for ticket in tickets], "x", color=color, markersize=5, label="held-out"
+            )
+        axes.axhline(risk["epsilon"], color=INK, linewidth=0.8, linestyle="--", label=f"epsilon {risk['epsilon']:g}")
+        if (smallest := risk["smallest"]) is not None:
+            axes.plot(
+                [smallest["rows"]],
+                [smallest["risk"]],
+                "o",
+                color=INK,
+                markersize=11,
+                fillstyle="none",
+                label="smallest certified",
+            )
+        axes.set_xscale("symlog")
+        axes.set(xlabel="ticket rows", ylabel=f"risk, with its {risk['confidence']:.0%} upper bound", ylim=(0, None))
+        curves.legend(loc="outside upper left", ncols=3)
+    return curves
+
+
+def risk_section(risk: Mapping[str, Any], curves: Figure) -> Section:
+    """The part of report.html about the certified risk."""
+    body = table(risk_table(risk)) + bullets(risk["sentence"]) + figure("Risk against ticket size", curves, "risk")
+    return Section("Certified risk", body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ksl_ds.certificate.calibration import certify_texts, leave_out_of_calibration, save_certified_ticket
 from ksl_ds.certificate.candidates import open_reference, predict_candidates, predict_reference
 from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
 from ksl_ds.certificate.judge import judge, leave_out, show, trained_sources
@@ -21,11 +22,13 @@ def main(recipe: Recipe) -> None:
         )
     reference = open_reference(recipe)
     trained = trained_sources(recipe)
-    with open_run(recipe, trains=False) as run:
-        left_out = leave_out(run, trained) if trained is not None else None
+    with open_run(recipe, trains=False, validates=True) as run:
+        left_out = leave_out(run, "test", trained) if trained is not None else None
+        leave_out_of_calibration(run, trained)
         candidates, shift = predict_candidates(run, reference)
         predictions = predict_reference(run, reference)
-        judged = [judge(run, candidate, predictions, shift.num_samples) for candidate in candidates]
+        judged = [judge(run, candidate, predictions["test"], shift.num_samples) for candidate in candidates]
+        risk = certify_texts(run, candidates, predictions)
         rows = [row for row, _ in judged]
         run.results.certificate = {
             "claims": CLAIMS,
@@ -35,6 +38,9 @@ def main(recipe: Recipe) -> None:
             "num_samples": shift.num_samples,
             "tested_dtype": shift.tested_dtype,
             "candidates": rows,
+            "risk": risk,
         }
         run.save_results()
-        show(run, rows, [example for _, examples in judged for example in examples])
+        if risk is not None:
+            save_certified_ticket(run, reference, shift, candidates, risk)
+        show(run, rows, [example for _, examples in judged for example in examples], risk)

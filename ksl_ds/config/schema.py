@@ -262,6 +262,13 @@ class Certify:
         [0.05, 0.25, 0.5, 0.75, 0.95],
         "levels whose partial transfer is compared with the reference; a ticket adds its own",
     )
+    risk: Literal["tokens", "sentence"] = key(
+        "tokens",
+        "what is certified, a number for every sentence of text.valid: the share of its tokens on which the top tokens of "
+        "both models differ (tokens), or whether any does (sentence)",
+    )
+    epsilon: Alpha = key(0.05, "the mean risk that a certified ticket does not exceed")
+    confidence: Alpha = key(0.95, "with which probability no certificate of a run is false")
 
 
 @dataclass(config=STRICT)

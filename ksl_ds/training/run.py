@@ -94,7 +94,9 @@ class RunContext:
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) -> Iterator[RunContext]:
+def open_run(
+    recipe: Recipe, *, trains: bool = True, validates: bool | None = None, method: str | None = None
+) -> Iterator[RunContext]:
     """Checks the recipe against machine and inputs, loads text and model, and creates the run folder. Collective.
 
     Parameters
@@ -103,6 +105,8 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
         The run's recipe, already checked in itself.
     trains
         Whether training text is needed.
+    validates
+        Whether validation text is needed, if the recipe names one; as `trains` unless given.
     method
         The training method, as `recipe.method`, if only one trains; it is checked against the architecture.
 
@@ -131,8 +135,9 @@ def open_run(recipe: Recipe, *, trains: bool = True, method: str | None = None) 
     with distributed.raise_on_all_ranks():
         tokenizer = folder.tokenizer()
         _ = folder.end_ids  # checks generation_config.json before the model is loaded
-        splits: list[Split] = ["train", "valid", "test"] if recipe.text.valid else ["train", "test"]
-        splits = splits if trains else ["test"]
+        validates = (trains if validates is None else validates) and bool(recipe.text.valid)
+        needed: dict[Split, bool] = {"train": trains, "valid": validates, "test": True}
+        splits = [split for split, is_needed in needed.items() if is_needed]
         corpora, examples = load_texts(recipe.text, splits, recipe.text_seed, tokenizer)
         text = {}
         for name, corpus in corpora.items():

@@ -36,6 +36,14 @@ RUNS = {
     "layerwise": ["reference=permuted", "evaluation.gather_weights=false"],
     "given": ["reference=permuted", "ticket=tuned", "certify.alphas=[.95]"],
     "stage2": ["reference=permuted", "ticket=tuned", "certify.alphas=[.95]", "deepspeed=zero2.json"],
+    "risk": [
+        "reference=permuted",
+        "ticket=tuned",
+        "text.valid=valid.jsonl",
+        "certify.epsilon=.6",
+        "certify.alphas=[.5, .95]",
+    ],
+    "sentence": ["reference=moved", "text.valid=valid.jsonl", "certify.risk=sentence", "certify.epsilon=.2"],
     "few": ["reference=permuted", "ticket=top", "certify.alphas=[]", "text.max_test_pairs=5"],
 }
 for name, words in RUNS.items():

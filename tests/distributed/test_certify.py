@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.html_requests import Page
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksl_ds.certificate.criterion import clopper_pearson
+from ksl_ds.certificate.risk import risk_pvalue
 from ksl_ds.lottery.pvalues import critical_count
-from ksl_ds.lottery.ticket import draw_ticket
+from ksl_ds.lottery.ticket import Ticket, draw_ticket
 from ksl_ds.model.folder import ModelFolder, write_model, write_model_with_rows
 from ksl_ds.text.corpus import Pair
 from ksl_ds.text.prompt import Prompt
@@ -41,13 +43,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def write_test_text(path: Path) -> None:
-    """35 pairs of joined sentences, and one pair of the training text."""
-    joined = [
+def joined_pairs(first: int, last: int) -> list[dict[str, str]]:
+    """Each sentence joined with those that stand `first` to `last` places behind it."""
+    return [
         {"source": f"{one[0]} {other[0]}", "target": f"{one[1]} {other[1]}"}
         for number, one in enumerate(SENTENCES)
-        for other in SENTENCES[number + 1 : number + 5]
+        for other in SENTENCES[number + first : number + last + 1]
     ]
+
+
+def write_test_text(path: Path) -> None:
+    """35 pairs of joined sentences, and one pair of the training text."""
+    joined = joined_pairs(1, 4)
     trained = {"source": SENTENCES[3][0], "target": SENTENCES[3][1]}
     path.write_text("".join(json.dumps(pair) + "\n" for pair in [*joined[:35], trained]))
 
@@ -91,6 +98,9 @@ def job(tmp_path_factory):
 
     write_pairs(folder / "pairs.jsonl")
     write_test_text(folder / "test.jsonl")
+    # The calibration text: 28 pairs of its own, and one that is tested too.
+    calibration = [*joined_pairs(5, 11), joined_pairs(1, 4)[0]]
+    (folder / "valid.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in calibration))
     (folder / "ds.json").write_text(json.dumps(ZERO3))
     (folder / "recipe.yaml").write_text(RECIPE)
     succeeds(launch(2, HERE / "ranks_certify.py", cwd=folder))
@@ -222,3 +232,61 @@ def test_a_ticket_that_no_alpha_drew_and_too_few_sentences(job):
     assert row["overall"]["interval"] is None and row["overall"]["sentences"] == 5
     page = " ".join(" ".join(Page((job / "run_few/report.html").read_text()).text).split())
     assert "No intervals: 5 sentences are too few" in page and "no alpha drew it" in page
+
+
+def losses_by_hand(job: Path, rows: dict[int, torch.Tensor], pairs: list[dict[str, str]]) -> list[float]:
+    """The share of each sentence's tokens on which the base with these rows differs from the reference."""
+    models = [AutoModelForCausalLM.from_pretrained(job / name).eval() for name in ("permuted", "base")]
+    prompt = Prompt("plain", "English", "French", AutoTokenizer.from_pretrained(job / "base"))
+    losses = []
+    with torch.no_grad():
+        for number, row_D in rows.items():
+            models[1].get_input_embeddings().weight[number] = row_D
+        for example in prompt.encode([Pair(**pair) for pair in pairs]):
+            ids = torch.tensor([example.prompt_ids + example.response_ids])
+            at = slice(len(example.prompt_ids) - 1, ids.shape[1] - 1)
+            left, right = (model(ids).logits[0, at].argmax(-1) for model in models)
+            losses.append(float((left != right).double().mean()))
+    return losses
+
+
+def test_risk_is_certified_on_the_calibration_text(job):
+    """Losses are those of sentences by hand, p-values those of the pure functions, the ticket is the reference's rows."""
+    found = results(job / "run_risk")["certificate"]["risk"]
+    assert found["sentences"] == 28 and found["held_out_sentences"] == 35
+    text = results(job / "run_risk")["text"]["valid"]
+    assert text["dropped"] == {"since their source is in text.train or text.test": 1}
+    (given, transfer) = sorted(found["sequences"], key=lambda sequence: sequence["name"] != "ticket given")
+    assert given["confidence"] == transfer["confidence"] == pytest.approx(1 - 0.05 / 2)
+    (ticket,) = transfer["tickets"]  # both alphas draw the same rows
+    permuted = weights(job / "permuted")[EMBEDDING]
+    rows = {number: permuted[number] for number in MOVED}
+    losses = losses_by_hand(job, rows, joined_pairs(5, 11))
+    assert ticket["rows"] == len(MOVED) and ticket["risk"] == pytest.approx(sum(losses) / 28)
+    p, bound = risk_pvalue(np.array(losses), 0.6, binary=False)
+    assert (ticket["p"], ticket["bound"]) == (pytest.approx(float(p)), str(bound))
+    assert ticket["certified"] == (float(p) <= 0.025)
+    held_out = losses_by_hand(job, rows, joined_pairs(1, 4)[:35])
+    assert ticket["held_out_risk"] == pytest.approx(sum(held_out) / 35)
+    written = json.loads((job / "run_risk/sentence_losses.json").read_text())["valid"][ticket["name"]]
+    assert sorted(written) == pytest.approx(sorted(losses))
+    certified = [one for sequence in found["sequences"] for one in sequence["tickets"] if one["certified"]]
+    assert (found["smallest"] is None) == (certified == [])
+    assert (job / "run_risk/certified_ticket").exists() == bool(certified)
+    if certified:
+        kept = Ticket.load(job / "run_risk/certified_ticket")
+        assert kept.token_ids == MOVED and kept.source["certified"]["epsilon"] == 0.6
+
+
+def test_a_reference_without_other_rows_is_certified_whole(job):
+    """No sentence differs: (1 - .2) ** 28 is below .05, and the ticket that is written is the reference's rows."""
+    found = results(job / "run_sentence")["certificate"]["risk"]
+    (sequence,) = found["sequences"]
+    (ticket,) = sequence["tickets"]
+    assert ticket["risk"] == 0 and ticket["p"] == pytest.approx(0.8**28) and ticket["bound"] == "binomial"
+    assert ticket["certified"] and found["smallest"] == ticket and "With 95% confidence" in found["sentence"]
+    kept = Ticket.load(job / "run_sentence/certified_ticket")
+    assert kept.token_ids == MOVED and torch.equal(kept.rows_KD, weights(job / "moved")[EMBEDDING][MOVED])
+    page = (job / "run_sentence/report.html").read_text()
+    assert "Certified risk" in page and "Risk against ticket size" in page
+    assert "risk" not in (results(job / "run_same")["certificate"]["risk"] or {})  # without a calibration text
