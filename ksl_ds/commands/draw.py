@@ -15,7 +15,7 @@ from ksl_ds.files import reason
 from ksl_ds.lottery.ticket import choose_rows, explain_empty, make_ticket
 from ksl_ds.model.checkpoint_draw import checkpoint_shift
 from ksl_ds.model.folder import check_same_model, open_model, token_strings
-from ksl_ds.report.card import licence_of, write_card
+from ksl_ds.report.card import licence_of, ticket_card
 from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
 
 
@@ -58,8 +58,8 @@ def main(command: DrawCommand) -> None:
             )
             shared_head = before.head_module if before.tied and command.embedding_scope == "shared" else None
             try:
-                ticket.save(command.out, before.embedding_module, shared_head)
-                write_card(Path(command.out), ticket, base_model=command.before, licence=licence_of(before.path))
+                card = ticket_card(ticket, base_model=command.before, licence=licence_of(before.path))
+                ticket.save(command.out, before.embedding_module, shared_head, card=card)
             except (OSError, ValueError) as error:
                 raise UserError(f"out={command.out} could not be written: {reason(error)}") from None
             rows = ticket_rows(

@@ -103,6 +103,7 @@ class Ticket:
         tied_module_name: str | None = None,
         *,
         base_model: str | None = None,
+        card: str = "",
     ) -> None:
         """Writes the ticket as a folder that `PeftModel.from_pretrained(base, folder)` loads, atomically.
 
@@ -117,6 +118,8 @@ class Ticket:
         base_model
             Folder or Hub id of the base model, by which `AutoPeftModelForCausalLM.from_pretrained(folder)` finds
             it; recorded as `source["base"]`. Default: `base` or `before` of `source`.
+        card
+            Text of the folder's README.md.
 
         Raises
         ------
@@ -130,7 +133,7 @@ class Ticket:
         if base_model is not None:
             record["source"] = {**self.source, "base": base_model}
         names = [module_name] + ([tied_module_name] if tied_module_name else [])
-        write_ticket(Path(folder), record, names, self.rows_KD, self.base_rows_KD, self.count_V)
+        write_ticket(Path(folder), record, names, self.rows_KD, self.base_rows_KD, self.count_V, card)
 
     @classmethod
     def load(cls, folder: str | Path) -> Ticket:

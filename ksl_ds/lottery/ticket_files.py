@@ -27,6 +27,7 @@ from ksl_ds.lottery.pvalues import PValueMethod
 
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 TICKET_JSON, KS_TENSORS = "ticket.json", "ks.safetensors"
+CARD = "README.md"  # for people and the Hub; not needed for loading
 FILES = {ADAPTER_CONFIG, ADAPTER_MODEL, TICKET_JSON, KS_TENSORS}
 FORMAT_VERSION = 1
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -93,6 +94,7 @@ def write_ticket(
     rows_KD: Tensor,  # float32
     base_rows_KD: Tensor,  # in the base model's dtype
     count_V: Tensor,  # int32
+    card: str = "",
 ) -> None:
     """Writes the four files. Raises ValueError if `folder` exists and is not a ticket."""
     folder = Path(folder)
@@ -117,6 +119,8 @@ def write_ticket(
             "files": {name: file_sha256(draft / name) for name in (ADAPTER_MODEL, KS_TENSORS)},
         }
         _write_json(draft / TICKET_JSON, {**record, "sha256": _record_sha256(record)})
+        if card:
+            (draft / CARD).write_text(card, encoding="utf-8")
 
 
 def read_ticket(folder: Path) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:

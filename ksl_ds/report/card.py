@@ -10,12 +10,11 @@ import yaml
 
 from ksl_ds import __version__
 from ksl_ds.environment import Environment
-from ksl_ds.files import write_text
 from ksl_ds.lottery.ticket import Ticket
+from ksl_ds.lottery.ticket_files import CARD
 from ksl_ds.report.records import Scores
 from ksl_ds.report.tables import Table, stage_table, ticket_rows, ticket_table
 
-CARD = "README.md"
 TOKENS_SHOWN = 50
 LOAD = """```python
 from transformers import AutoModelForCausalLM
@@ -31,8 +30,7 @@ ksl-ds transfer base={base} ticket=THIS_FOLDER out=MODEL
 ```"""
 
 
-def write_card(
-    folder: Path,
+def ticket_card(
     ticket: Ticket,
     *,
     base_model: str,
@@ -42,15 +40,13 @@ def write_card(
     stages: Mapping[str, Scores] | None = None,
     seed: int | None = None,
     environment: Environment | None = None,
-) -> None:
-    """Writes the card of a ticket into its folder, atomically.
+) -> str:
+    """The card of a ticket, Markdown with a head that the Hub reads.
 
     Parameters
     ----------
-    folder
-        The ticket's folder.
     ticket
-        What it holds.
+        What the folder holds.
     base_model
         Folder or Hub id of the base model.
     licence
@@ -65,11 +61,6 @@ def write_card(
         Of the run.
     environment
         Of the run.
-
-    Raises
-    ------
-    UserError
-        When the file cannot be written.
     """
     head: dict[str, Any] = {"library_name": "peft", "tags": ["ks-lottery", "ksl_ds", "translation"]}
     if not Path(base_model).exists():  # the Hub knows no local folders
@@ -110,7 +101,7 @@ def write_card(
         + (f" with {_versions(environment)}" if environment else "")
         + "; the run folder's recipe.yaml reruns it.",
     ]
-    write_text(folder / CARD, "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown(content: Table) -> str:

@@ -15,8 +15,8 @@ from torch import nn
 
 from ksl_ds import distributed
 from ksl_ds.config.methods import Stage
+from ksl_ds.lottery.ticket_files import CARD
 from ksl_ds.report import records
-from ksl_ds.report.card import CARD
 from ksl_ds.report.records import StageResult, finite
 from ksl_ds.report.tables import decimals
 from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of

@@ -19,15 +19,16 @@ from torch import Tensor
 from ksl_ds import distributed
 from ksl_ds.config.methods import METHODS, TUNING_SECTIONS, Stage
 from ksl_ds.errors import UserError
-from ksl_ds.files import reason
+from ksl_ds.files import reason, write_text
 from ksl_ds.lottery.shift import load_shift, save_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
+from ksl_ds.lottery.ticket_files import CARD
 from ksl_ds.model.adapters import ALL_LINEAR, save_adapter, target_modules, with_adapter
 from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
 from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
-from ksl_ds.report.card import licence_of, write_card
+from ksl_ds.report.card import licence_of, ticket_card
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
 from ksl_ds.sharding.partition import full_numel, gathered
 from ksl_ds.sharding.rows import RowShard
@@ -141,7 +142,8 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
     evaluate_stage(
         run, Stage.PARTIAL_TUNING, trained_parameters=rows_KD.numel(), outcome=outcome, tuned=run.dir / "ticket"
     )
-    write_ticket_card(run, tuned, run.dir / "ticket", Stage.PARTIAL_TUNING)
+    card = card_of(run, tuned, Stage.PARTIAL_TUNING)
+    distributed.run_on_rank0(lambda: write_text(run.dir / "ticket" / CARD, card))
 
 
 def tune_all(run: RunContext) -> None:
@@ -202,7 +204,8 @@ def transfer_ticket(run: RunContext, shard: RowShard, ticket: Ticket, folder: Pa
     """
     shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
     evaluate_stage(run, Stage.PARTIAL_TRANSFER, trained_parameters=ticket.rows_KD.numel(), tuned=folder)
-    write_ticket_card(run, ticket, folder, Stage.PARTIAL_TRANSFER)
+    card = card_of(run, ticket, Stage.PARTIAL_TRANSFER)
+    distributed.run_on_rank0(lambda: write_text(folder / CARD, card))
 
 
 def run_stage(run: RunContext, stage: Stage, shard: RowShard, ticket: Ticket | None = None) -> None:
@@ -349,24 +352,21 @@ def _make_way(out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def write_ticket_card(run: RunContext, ticket: Ticket, out: Path, stage: Stage | None = None) -> None:
-    """Writes the model card of a ticket folder from rank 0, with the scores of `stage` beside untuned and copying."""
+def card_of(run: RunContext, ticket: Ticket, stage: Stage | None = None) -> str:
+    """The model card of a ticket, with the scores of `stage` beside untuned and copying."""
     text = run.recipe.text
     directions = directions_of(text)
     shown = (Stage.COPYING_SOURCE, Stage.UNTUNED, stage)
     stages = {name: scores for name, scores in {**run.results.baselines, **run.stages}.items() if name in shown}
-    distributed.run_on_rank0(
-        lambda: write_card(
-            out,
-            ticket,
-            base_model=run.recipe.model.path,
-            licence=licence_of(run.folder.path),
-            translates=", ".join(f"{one.text.source_language} to {one.text.target_language}" for one in directions),
-            languages=list(dict.fromkeys(code for one in directions for code in one.codes)),
-            stages=stages,
-            seed=run.recipe.seed,
-            environment=run.results.environment,
-        )
+    return ticket_card(
+        ticket,
+        base_model=run.recipe.model.path,
+        licence=licence_of(run.folder.path),
+        translates=", ".join(f"{one.text.source_language} to {one.text.target_language}" for one in directions),
+        languages=list(dict.fromkeys(code for one in directions for code in one.codes)),
+        stages=stages,
+        seed=run.recipe.seed,
+        environment=run.results.environment,
     )
 
 
@@ -377,10 +377,11 @@ def save_ticket(run: RunContext, ticket: Ticket, out: Path) -> None:
         if distributed.is_rank0():
             try:
                 out.parent.mkdir(exist_ok=True)
-                ticket.save(out, run.folder.embedding_module, shared_head, base_model=run.recipe.model.path)
+                base_model = run.recipe.model.path
+                card = card_of(run, ticket)
+                ticket.save(out, run.folder.embedding_module, shared_head, base_model=base_model, card=card)
             except (OSError, ValueError) as error:
                 raise UserError(f"{out} could not be written: {reason(error)}") from None
-    write_ticket_card(run, ticket, out)
 
 
 def token_frequency(run: RunContext) -> Tensor:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ksl_ds import Ticket, draw_ticket
 from ksl_ds.environment import hardware_and_versions
-from ksl_ds.report.card import licence_of, write_card
+from ksl_ds.report.card import licence_of, ticket_card
 
 
 @pytest.fixture
@@ -22,10 +22,9 @@ def ticket() -> Ticket:
 
 
 def test_a_card_says_what_how_good_how_to_load_and_how_it_was_made(ticket, tmp_path):
-    ticket.save(tmp_path / "ticket", "model.embed_tokens")
-    write_card(
-        tmp_path / "ticket",
-        ticket.with_rows(ticket.rows_KD, stage="partial_tuning", steps=24),
+    tuned = ticket.with_rows(ticket.rows_KD, stage="partial_tuning", steps=24)
+    text = ticket_card(
+        tuned,
         base_model="owner/model",
         licence="apache-2.0",
         translates="English to Catalan",
@@ -34,6 +33,7 @@ def test_a_card_says_what_how_good_how_to_load_and_how_it_was_made(ticket, tmp_p
         seed=7,
         environment=hardware_and_versions(),
     )
+    tuned.save(tmp_path / "ticket", "model.embed_tokens", card=text)
     card = ModelCard.load(tmp_path / "ticket" / "README.md")
     assert card.data.base_model == "owner/model" and card.data.license == "apache-2.0"
     assert card.data.language == ["en", "ca"] and card.data.library_name == "peft" and "ks-lottery" in card.data.tags
@@ -53,8 +53,8 @@ def test_a_card_says_what_how_good_how_to_load_and_how_it_was_made(ticket, tmp_p
 def test_what_is_not_known_is_left_out(ticket, tmp_path):
     """A local base model is no name that the Hub knows, and its licence is not guessed."""
     (tmp_path / "base").mkdir()
-    write_card(tmp_path, ticket, base_model=str(tmp_path / "base"), licence=licence_of(tmp_path / "base"))
-    card = ModelCard.load(tmp_path / "README.md")
+    text = ticket_card(ticket, base_model=str(tmp_path / "base"), licence=licence_of(tmp_path / "base"))
+    card = ModelCard(text)
     assert card.data.base_model is None and card.data.license is None and card.data.language is None
     assert "see there" in card.text and "## Scores" not in card.text
 

@@ -16,7 +16,9 @@ from helpers.tiny import make_model_folder
 from transformers import AutoModelForCausalLM
 
 from ksl_ds.commands import draw, transfer
-from ksl_ds.config.schema import DrawCommand, TransferCommand
+from ksl_ds.config.load import load_recipe
+from ksl_ds.config.schema import DrawCommand, Recipe, TransferCommand
+from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
 from ksl_ds.model.adapters import save_adapter
@@ -55,7 +57,7 @@ def fill_disks(tmp_path: Path, write, pages: list[int]) -> None:
 
 def test_draw(tmp_path, folders):
     command = {name: folders[name] for name in ("before", "after")}
-    fill_disks(tmp_path, lambda out: draw.main(DrawCommand(**command, out=str(out))), [1, 2, 3, 4])
+    fill_disks(tmp_path, lambda out: draw.main(DrawCommand(**command, out=str(out))), [1, 2, 3, 4, 6])
 
 
 def test_transfer(tmp_path, folders):
@@ -65,8 +67,10 @@ def test_transfer(tmp_path, folders):
 
 def test_the_ticket_of_a_run(tmp_path, folders):
     ticket = Ticket.load(folders["ticket"])
-    folder = SimpleNamespace(tied=False, embedding_module="model.embed_tokens")
-    run = SimpleNamespace(folder=folder, recipe=SimpleNamespace(model=SimpleNamespace(path="m")))
+    folder = SimpleNamespace(tied=False, embedding_module="model.embed_tokens", path=Path("m"))
+    recipe = load_recipe(Recipe, None, ["run_dir=x", "model.path=m"])
+    results = SimpleNamespace(baselines={}, environment=hardware_and_versions())
+    run = SimpleNamespace(folder=folder, recipe=recipe, results=results, stages={})
     fill_disks(tmp_path, lambda out: stages.save_ticket(run, ticket, out), [1, 3, 8])
 
 
