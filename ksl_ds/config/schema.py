@@ -103,7 +103,9 @@ class Text:
     train: list[Line] = key(
         [], "one file (.jsonl .csv .tsv .po, also .gz; .parquet) or Hub id, or two line-aligned text files"
     )
-    valid: list[Line] = key([], "the validation text, likewise; empty: no validation loss")
+    valid: list[Line] = key(
+        [], "the validation text, likewise; empty: no validation loss, and `certify` certifies no risk"
+    )
     test: list[Line] = key([], "the test text, likewise: every stage is scored on it")
     train_split: Line = key("train", "split name, for a Hub id in text.train")
     valid_split: Line = key("validation", "split name, for a Hub id in text.valid")

@@ -63,6 +63,8 @@ MISTAKES = {
     ("reference=moved", "ticket=other"): ["another base"],
     ("reference=tied_moved", "model.path=tied", "model.embedding_scope=shared", "ticket=of_tied"): ["scope=input"],
     ("reference=moved", "text.train=test.jsonl"): ["text.train", "trained on"],
+    ("reference=moved", "text.valid=test.jsonl"): ["text.valid", "text.train or text.test"],
+    ("reference=moved", "certify.epsilon=0"): ["certify.epsilon", "greater than 0"],
 }
 for number, (overrides, words) in enumerate(MISTAKES.items()):
     try:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import doctest
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from ksl_ds.certificate import risk
+from ksl_ds.certificate.calibration import sentence_losses
+from ksl_ds.certificate.criterion import Predictions
+from ksl_ds.certificate.report import risk_curves, risk_sentence, risk_table
 from ksl_ds.certificate.risk import (
     betting_pvalue,
     binomial_pvalue,
@@ -227,3 +232,51 @@ def test_what_cannot_be_tested_is_refused(losses, epsilon, words):
 def test_binomial_refuses_losses_between():
     with pytest.raises(ValueError, match="0 or 1"):
         binomial_pvalue(np.full(5, 0.5), 0.1)
+
+
+# --- what people see ---
+
+
+def record(epsilon, losses=((100, 0.0), (50, 0.01), (10, 0.3))):
+    found = certify_risk([(rows, np.full(200, loss)) for rows, loss in losses], epsilon, 0.95, binary=False)
+    tickets = [
+        {"name": f"alpha 0.{ticket.rows}", "alpha": 0.5, **asdict(ticket), "held_out_risk": 0.02}
+        for ticket in found.tickets
+    ]
+    certified = [ticket for ticket in tickets if ticket["certified"]]
+    sequences = [{"name": "partial transfer", "confidence": 0.95, "needed": found.needed, "tickets": tickets}]
+    return {"risk": "tokens", "epsilon": epsilon, "confidence": 0.95, "sentences": 200, "held_out_sentences": 99} | {
+        "sequences": sequences,
+        "smallest": certified[-1] if certified else None,
+    }
+
+
+def test_the_risk_table_and_its_sentence_name_the_smallest_certified_ticket():
+    table = risk_table(record(0.05))
+    assert [row[6] for row in table.rows] == ["yes", "yes", "no"] and table.rows[1][2] == "0.0100"
+    assert "independent draws" in " ".join(table.notes)
+    assert "ticket of 50 rows" in risk_sentence(record(0.05)) and "0.0200 on 99 held-out" in risk_sentence(record(0.05))
+    assert "about 368 sentences" in risk_sentence(record(0.01, [(100, 0.0)]))
+    assert "no number of sentences" in risk_sentence(record(0.05, [(100, 0.3)]))
+
+
+def test_the_risk_curve_marks_the_certified_ticket():
+    axes = risk_curves(record(0.05)).axes[0]
+    risk_line, held_out, epsilon, smallest = axes.lines
+    assert list(risk_line.get_ydata()) == pytest.approx([0, 0.01, 0.3]) and list(held_out.get_ydata()) == [0.02] * 3
+    assert set(epsilon.get_ydata()) == {0.05} and list(smallest.get_xdata()) == [50]
+    assert len(axes.collections[0].get_segments()) == 3
+
+
+@pytest.mark.parametrize("n", [50, 200, 600])
+def test_losses_of_sentences_are_those_counted_by_hand(n):
+    noise = torch.Generator().manual_seed(n)
+    length_S = torch.randint(1, 9, (n,), generator=noise)
+    tops = [torch.randint(0, 2, (int(length_S.sum()),), generator=noise) for _ in range(2)]
+    one, other = (Predictions(torch.empty(0), torch.empty(0), top_N, length_S) for top_N in tops)
+    by_hand = [
+        (left != right).double().mean().item()
+        for left, right in zip(*(t.split(length_S.tolist()) for t in tops), strict=True)
+    ]
+    assert sentence_losses("tokens", one, other).tolist() == pytest.approx(by_hand)
+    assert sentence_losses("sentence", one, other).tolist() == [float(share > 0) for share in by_hand]
