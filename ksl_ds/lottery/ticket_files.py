@@ -96,10 +96,11 @@ def write_ticket(
     count_V: Tensor,  # int32
     card: str = "",
 ) -> None:
-    """Writes the four files. Raises ValueError if `folder` exists and is not a ticket."""
+    """Writes the four files and the card. Raises ValueError if `folder` exists and is not a ticket."""
     folder = Path(folder)
     if folder.exists():
-        foreign = [folder.name] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - FILES)
+        ours = FILES | {CARD}
+        foreign = [folder.name] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - ours)
         if foreign:
             raise ValueError(f"{folder} exists and is not a ticket (it holds {foreign[0]}); choose another folder")
     rows_KD = rows_KD.cpu().contiguous()

@@ -46,6 +46,7 @@ def test_a_card_says_what_how_good_how_to_load_and_how_it_was_made(ticket, tmp_p
     assert f"| {IDS[0]} | \\| |" in rows[f"| {IDS[0]}"] and f"| {IDS[1]} | \\n |" in rows[f"| {IDS[1]}"]
     assert 'from_pretrained("owner/model")' in card.text and "ksl-ds transfer base=owner/model" in card.text
     assert "partial_tuning of 24 steps, seed 7" in card.text and "torch 2" in card.text
+    tuned.save(tmp_path / "ticket", "model.embed_tokens", card=text)  # a ticket with its card is replaced
     # The folder is a ticket as before.
     assert Ticket.load(tmp_path / "ticket").token_ids == IDS
 
