@@ -15,7 +15,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ksl_ds import distributed
 from ksl_ds.certificate.candidates import Candidate
@@ -27,7 +26,7 @@ from ksl_ds.files import write_json
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.model.folder import ModelFolder, token_strings
 from ksl_ds.training.run import RunContext
-from ksl_ds.training.stages import SAVED_AT_ONCE, save_ticket
+from ksl_ds.training.stages import save_ticket
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +171,9 @@ def save_certified_ticket(
 
 def _transferred(run: RunContext, reference: ModelFolder, shift: Shift, candidate: Candidate) -> Ticket:
     ids_K = candidate.in_ticket_V.nonzero().flatten()
+    folders = (run.folder, reference)
     with distributed.raise_on_all_ranks():
-        base_KD, rows_KD = (_rows(folder, ids_K) for folder in (run.folder, reference))
+        base_KD, rows_KD = (folder.read_ids(folder.embedding_name, ids_K.tolist()) for folder in folders)
     return make_ticket(
         shift,
         ids_K,
@@ -186,16 +186,3 @@ def _transferred(run: RunContext, reference: ModelFolder, shift: Shift, candidat
         embedding_scope=run.recipe.model.embedding_scope,
         source={"stage": "embed_tuning", "after": str(reference.path)},
     )
-
-
-def _rows(folder: ModelFolder, ids_K: Tensor) -> Tensor:
-    """Embedding rows of a model folder, (K, D) in its dtype, read a block at a time."""
-    name = folder.embedding_name
-    num_rows = folder.shape(name)[0]
-    parts = []
-    for start in range(0, num_rows, SAVED_AT_ONCE):
-        stop = min(start + SAVED_AT_ONCE, num_rows)
-        inside_K = ids_K[(ids_K >= start) & (ids_K < stop)]
-        if len(inside_K):
-            parts.append(folder.read_rows(name, start, stop)[inside_K - start])
-    return torch.cat(parts)

@@ -16,7 +16,7 @@ from ksl_ds.lottery.ticket import choose_rows, explain_empty, make_ticket
 from ksl_ds.model.checkpoint_draw import checkpoint_shift
 from ksl_ds.model.folder import check_same_model, open_model, token_strings
 from ksl_ds.report.card import licence_of, ticket_card
-from ksl_ds.report.tables import print_table, ticket_rows, ticket_table
+from ksl_ds.report.tables import print_table, rows_of_ticket, ticket_table
 
 
 def main(command: DrawCommand) -> None:
@@ -62,7 +62,5 @@ def main(command: DrawCommand) -> None:
                 ticket.save(command.out, before.embedding_module, shared_head, card=card)
             except (OSError, ValueError) as error:
                 raise UserError(f"out={command.out} could not be written: {reason(error)}") from None
-            rows = ticket_rows(
-                ticket.token_ids, ticket.tokens, ticket.count, ticket.statistic, ticket.pvalue, ticket.shift_ratio
-            )
+            rows = rows_of_ticket(ticket)
             print_table(ticket_table(rows, limit=40, title=f"{command.out}: {len(rows)} of {len(shift.count_V)} rows"))

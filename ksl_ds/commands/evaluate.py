@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
-from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import evaluate_stage, score_copying
 from ksl_ds.training.run import open_run
-from ksl_ds.training.stages import load_ticket
+from ksl_ds.training.stages import score_ticket
 from ksl_ds.training.summary import show_stages
 
 
@@ -20,8 +17,5 @@ def main(recipe: Recipe) -> None:
         if recipe.ticket is None:
             evaluate_stage(run, Stage.UNTUNED, trained_parameters=0)
         else:
-            shard = RowShard(run.model.get_input_embeddings().weight)
-            ticket = load_ticket(run, shard, recipe.ticket)
-            shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-            evaluate_stage(run, Stage.TICKET, trained_parameters=ticket.rows_KD.numel())
+            score_ticket(run, recipe.ticket)
         show_stages(run)

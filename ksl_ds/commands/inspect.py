@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ksl_ds.errors import UserError
-from ksl_ds.lottery.overlap import Overlaps, overlaps_at, overlaps_of
+from ksl_ds.lottery.overlap import Overlaps, overlaps_at, overlaps_of, tokens_of
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.model.published import published_directions, published_ids, published_pieces
 from ksl_ds.report.overlaps import alpha_table, overlap_table, shared_rows_table, write_overlap_report
-from ksl_ds.report.tables import print_table, print_text, ticket_rows, ticket_table
+from ksl_ds.report.tables import print_table, print_text, rows_of_ticket, ticket_table
 
-ALPHAS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
 ALL = "all"
 
 
@@ -49,10 +48,8 @@ def main(tickets: list[str], published: str | None, limit: int | None, report: P
         if report is not None:
             raise UserError("--report shows what tickets share; give at least two of them, or --published")
         return
-    by_alpha = overlaps_at(loaded, ALPHAS) if len(loaded) > 1 else {}
-    tokens = {
-        number: text for ticket in loaded.values() for number, text in zip(ticket.token_ids, ticket.tokens, strict=True)
-    }
+    by_alpha = overlaps_at(loaded) if len(loaded) > 1 else {}
+    tokens = tokens_of(loaded.values())
     print_table(overlap_table(overlaps))
     print_table(shared_rows_table(overlaps, tokens))
     if by_alpha:
@@ -87,15 +84,7 @@ def show(ticket: Ticket, path: str, limit: int | None) -> None:
     """Prints a ticket's rows, at most `limit` of them."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; it must be at least 1")
-    rows = ticket_rows(
-        ticket.token_ids,
-        ticket.tokens,
-        ticket.count,
-        ticket.statistic,
-        ticket.pvalue,
-        ticket.shift_ratio,
-        ticket.source.get("train_frequency"),
-    )
+    rows = rows_of_ticket(ticket)
     title = (
         f"{path}: {len(ticket):,} of {ticket.vocab_size:,} rows (selection {ticket.selection}, alpha {ticket.alpha}, "
         f"{ticket.method} p-values, d = {ticket.num_samples}, {ticket.tested_dtype})"

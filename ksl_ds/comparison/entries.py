@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksl_ds.config.load import differing_keys, with_current_names
+from ksl_ds.config.load import with_current_names
 from ksl_ds.config.methods import METHOD_SECTIONS, METHODS, Method, Rows, Stage
 from ksl_ds.config.schema import Compare, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import clean
 from ksl_ds.report.records import RunResults, read_results
+from ksl_ds.training.parts import finished_run, first_difference
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,7 @@ def finished(entry: Entry, folder: Path, wanted: Recipe) -> RunResults | None:
     UserError
         When the run there was of another recipe.
     """
-    results = read_results(folder)
-    if results is None or entry.stage not in results.stages:
-        return None
-    difference = differs(results.recipe.content(), wanted, entry.method)
-    if difference:
-        raise UserError(
-            f"{folder} holds a run of another recipe: {difference}; move it away to run it again, or choose another run_dir"
-        )
-    return results
+    return finished_run(folder, wanted, entry.stage, unread_by(entry.method))
 
 
 def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> RunResults | None:
@@ -155,8 +148,9 @@ def scored_by_lottery(entry: Entry, run_dir: Path, wanted: Recipe) -> RunResults
 
 def differs(theirs: Mapping[str, Any], wanted: Recipe, method: str) -> str:
     """The first key in which a recorded recipe differs from a wanted one, as far as `method` reads it; empty for none."""
-    unread = METHOD_SECTIONS - METHODS[method].reads | {"method", "ticket"}
-    for name, (left, right) in differing_keys(theirs, clean(wanted)).items():
-        if name.partition(".")[0] not in unread:
-            return f"{name} is {left} there and {right} here"
-    return ""
+    return first_difference(theirs, wanted, unread_by(method))
+
+
+def unread_by(method: str) -> frozenset[str]:
+    """The sections of a recipe that a method does not read."""
+    return frozenset(METHOD_SECTIONS - METHODS[method].reads | {"method", "ticket"})

@@ -31,6 +31,7 @@ from ksl_ds.report.records import (
 )
 from ksl_ds.report.tables import print_table, print_text
 from ksl_ds.report.tracking import Tracker
+from ksl_ds.text.scores import read_translations
 from ksl_ds.text.significance import paired_bootstrap
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,8 @@ def _distinct(values: Any) -> list[Any]:
 
 def _lines(home: Path, run: EntryRun, name: str) -> list[str]:
     """The sentences of a file of a run's translations."""
-    path = home / run.folder / "translations" / run.stage / f"{name}.txt"
     try:
-        return read_text(path).split("\n")[:-1]
+        return read_translations(home / run.folder / "translations" / run.stage, name)
     except UserError as error:
         raise UserError(f"{error}; delete its run folder to run it again") from None
 
@@ -177,11 +177,7 @@ def _write_report(recipe: Recipe, home: Path, results: ComparisonResults) -> Non
         home / "report.html",
         title=f"Comparison: {Path(recipe.run_dir).name}",
         recipe_yaml=read_text(home / "recipe.yaml"),
-        stages={},
-        ticket_rows=[],
-        figures={},
         samples=_samples(home, first_runs),
-        notes=[],
         summary=f"{what_was_run(recipe, pairs, {}, results.environment.ranks)} Seeds: {seeds}.",
         sections=[
             Section("Scores", table(report.score_table(results))),

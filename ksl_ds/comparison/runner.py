@@ -26,7 +26,6 @@ from ksl_ds.comparison.entries import (
     seeds_of,
 )
 from ksl_ds.comparison.results import Outcome, finish
-from ksl_ds.config.load import save_recipe
 from ksl_ds.config.methods import Rows, Stage, label_of
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
@@ -39,6 +38,7 @@ from ksl_ds.sharding.draw import ids_of_draw
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.evaluation import score_copying
 from ksl_ds.training.inputs import INPUTS, differing_model, read_inputs
+from ksl_ds.training.parts import create_home
 from ksl_ds.training.run import RunContext, open_run
 from ksl_ds.training.stages import (
     DRAW_FILE,
@@ -66,7 +66,7 @@ class Comparison:
 def compare(recipe: Recipe, home: Path) -> None:
     """Runs what is missing, in `home`, and writes down what all have found."""
     comparison = Comparison(recipe, home)
-    distributed.run_on_rank0(lambda: _create(home, recipe))
+    distributed.run_on_rank0(lambda: create_home(home, recipe))
     entries = entries_of(recipe.compare)
     jobs = [
         (seed, entry) for seed in recipe.compare.seeds for entry in entries if seed in seeds_of(entry, recipe.compare)
@@ -243,11 +243,3 @@ def rows_of_controls(recipe: Recipe, shift: Shift) -> int:
 def _embed_tuned_rows(folder: Path, ids_K: Tensor) -> Tensor:
     tuned = ModelFolder(folder / "checkpoints" / Stage.EMBED_TUNING)
     return tuned.read_ids(tuned.embedding_name, ids_K.tolist()).float()
-
-
-def _create(home: Path, recipe: Recipe) -> None:
-    try:
-        (home / "runs").mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, home / "recipe.yaml")
-    except OSError as error:
-        raise UserError(f"{home} cannot be written: {error.strerror}") from None

@@ -16,9 +16,9 @@ from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.report.html import learned_to_stop, pair
 from ksl_ds.report.records import ComparisonResults, ComparisonSection, Scores, SeedTest
 from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size
+from ksl_ds.text.significance import MIN_SENTENCES
 
 LEVEL = 0.05
-MIN_SENTENCES = 30  # below, a bootstrap is meaningless
 BASELINES = (Stage.EMBED_TUNING, Stage.FULL_TUNING, Stage.UNTUNED)
 WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
 SPREAD_NOTE = "± is the standard deviation over {} seeds."

@@ -158,7 +158,7 @@ def _left_open(found: dict[tuple[str, bool], MethodCost | str]) -> list[str]:
 
 
 def _packing_note(plan: Plan) -> list[str]:
-    positions = plan.packed_positions(plan.meta_model())
+    positions = plan.packed_positions(plan.meta_model()) if plan.shared_length else 0
     if not positions:
         return []
     padded = plan.recipe.training.micro_batch_size * plan.recipe.text.max_length

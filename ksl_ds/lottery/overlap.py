@@ -8,12 +8,14 @@ Legend: V tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ks import critical_count
 from ksl_ds.lottery.ticket import Ticket
+
+ALPHAS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)  # levels at which overlaps are shown
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ def overlaps_of(tickets: Mapping[str, Ticket]) -> Overlaps:
     return Overlaps(list(tickets), rows, next(iter(tickets.values())).vocab_size)
 
 
-def overlaps_at(tickets: Mapping[str, Ticket], alphas: Sequence[float]) -> dict[float, Overlaps]:
+def tokens_of(tickets: Iterable[Ticket]) -> dict[int, str]:
+    """The tokens of the rows that any of the tickets holds, by id."""
+    return {number: text for one in tickets for number, text in zip(one.token_ids, one.tokens, strict=True)}
+
+
+def overlaps_at(tickets: Mapping[str, Ticket], alphas: Sequence[float] = ALPHAS) -> dict[float, Overlaps]:
     """What the tickets of the same KS tests share at other levels: rows with p < alpha, by alpha.
 
     Parameters

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ksl_ds.multilingual.records import MultilingualResults
 from ksl_ds.multilingual.tables import SHOWN, matrix_rows
-from ksl_ds.report.plots import COLORS, INK, style
+from ksl_ds.report.plots import draw_heat_map, style
 
 
 def transfer_map(results: MultilingualResults, score: str) -> Figure:
@@ -23,16 +23,10 @@ def transfer_map(results: MultilingualResults, score: str) -> Figure:
     least = np.nanmin(goodness, axis=0)
     spread = np.nanmax(goodness, axis=0) - least
     shade = (goodness - least) / np.where(spread > 0, spread, 1)
+    texts = [["" if value is None else f"{value:.{digits}f}" for value in of] for _, of in rows]
     with style():
         drawn = Figure(figsize=(3.0 + 0.8 * len(results.directions), 1.4 + 0.24 * len(rows)), layout="constrained")
         axes = drawn.subplots()
-        axes.imshow(shade, cmap=COLORS, aspect="auto", vmin=0, vmax=1)
-        for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            text = f"{values[row, column]:.{digits}f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=INK)
-        axes.set_xticks(range(len(results.directions)), results.directions, parse_math=False)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)
+        draw_heat_map(axes, shade, texts, [label for label, _ in rows], results.directions)
         axes.set_title(title)
-        axes.tick_params(length=0, labelsize=8)
-        axes.grid(False)
     return drawn

@@ -14,7 +14,7 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.files import read_text, write_text
-from ksl_ds.lottery.overlap import Overlaps, overlaps_at, overlaps_of
+from ksl_ds.lottery.overlap import Overlaps, overlaps_at, overlaps_of, tokens_of
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.multilingual import tables
 from ksl_ds.multilingual.plots import transfer_map
@@ -23,12 +23,10 @@ from ksl_ds.report.html import Section, bullets, figure, table, what_was_run, wr
 from ksl_ds.report.overlaps import alpha_table, overlap_map, overlap_table, shared_rows_table
 from ksl_ds.report.records import BootstrapScore, read_results
 from ksl_ds.report.tables import print_table, print_text
-from ksl_ds.text.significance import paired_bootstrap
+from ksl_ds.text.scores import read_translations
+from ksl_ds.text.significance import MIN_SENTENCES, paired_bootstrap
 
 logger = logging.getLogger(__name__)
-
-ALPHAS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
-MIN_SENTENCES = 30  # below, a bootstrap is meaningless
 
 
 def finish(recipe: Recipe, tickets: Mapping[int, Mapping[str, Ticket]], runs: Sequence[TransferRun]) -> None:
@@ -56,11 +54,10 @@ def finish(recipe: Recipe, tickets: Mapping[int, Mapping[str, Ticket]], runs: Se
     of_seed = {name: ticket for name, ticket in first.items() if name in (*directions, JOINT)}
     overlaps = overlaps_of(of_seed)
     own = overlaps_of({name: ticket for name, ticket in of_seed.items() if name != JOINT})
-    by_alpha = overlaps_at(of_seed, ALPHAS)
-    tokens = {number: text for one in of_seed.values() for number, text in zip(one.token_ids, one.tokens, strict=True)}
+    by_alpha = overlaps_at(of_seed)
     shown = [
         overlap_table(overlaps),
-        shared_rows_table(own, tokens),
+        shared_rows_table(own, tokens_of(of_seed.values())),
         alpha_table(by_alpha),
         tables.transfer_table(results, "test_loss"),
         tables.transfer_table(results, "bleu"),
@@ -115,8 +112,7 @@ def _tests(recipe: Recipe, runs: Sequence[TransferRun], direction: str) -> dict[
 
 
 def _lines(run: TransferRun, name: str) -> list[str]:
-    path = run.folder / "translations" / run.stage / f"{name}.txt"
-    return read_text(path).split("\n")[:-1]
+    return read_translations(run.folder / "translations" / run.stage, name)
 
 
 def _write_report(
@@ -137,11 +133,6 @@ def _write_report(
         home / "report.html",
         title=f"Directions: {home.name}",
         recipe_yaml=read_text(home / "recipe.yaml"),
-        stages={},
-        ticket_rows=[],
-        figures={},
-        samples=[],
-        notes=[],
         summary=f"{what_was_run(recipe, {}, {}, results.environment.ranks)} Seeds: {', '.join(map(str, results.seeds))}.",
         sections=[
             Section("Reading", bullets(*words)),

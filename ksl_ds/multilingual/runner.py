@@ -23,24 +23,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from ksl_ds import distributed
-from ksl_ds.config.load import differing_keys, save_recipe
 from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
-from ksl_ds.files import clean
 from ksl_ds.lottery.selection import select_random
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.multilingual.records import INTERSECTION, JOINT, RANDOM, UNION, Kind, TransferRun
 from ksl_ds.multilingual.results import finish
-from ksl_ds.report.records import read_results
 from ksl_ds.sharding.rows import RowShard
-from ksl_ds.training.evaluation import evaluate_stage, score_copying
+from ksl_ds.training.evaluation import score_copying
 from ksl_ds.training.lottery import run_lottery
+from ksl_ds.training.parts import create_home, finished_run
 from ksl_ds.training.run import RunContext, open_run
-from ksl_ds.training.stages import load_ticket, run_stage, untested_ticket
+from ksl_ds.training.stages import run_stage, score_ticket, untested_ticket
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +62,7 @@ def compare_directions(recipe: Recipe) -> None:
     if len(directions) < 2:
         raise UserError(f"multilingual compares directions: text.directions is {directions}; name at least two")
     progress = Progress(recipe)
-    distributed.run_on_rank0(lambda: _create(progress.home, recipe))
+    distributed.run_on_rank0(lambda: create_home(progress.home, recipe))
     for seed in recipe.multilingual.seeds:
         progress.tickets[seed] = _draw_all(progress, seed)
         for direction in directions:
@@ -78,14 +74,6 @@ def compare_directions(recipe: Recipe) -> None:
         raise UserError(
             f"{len(progress.failed)} runs failed: {', '.join(progress.failed)}; the same command tries these again"
         )
-
-
-def _create(home: Path, recipe: Recipe) -> None:
-    try:
-        (home / "runs").mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, home / "recipe.yaml")
-    except OSError as error:
-        raise UserError(f"{home} cannot be written: {error.strerror}") from None
 
 
 def _recipe_of(recipe: Recipe, name: str, seed: int, directions: list[str]) -> Recipe:
@@ -107,7 +95,7 @@ def _run(progress: Progress, wanted: Recipe, stage: Stage, work: Callable[[RunCo
     folder = Path(wanted.run_dir)
     name = folder.name
     try:
-        if distributed.run_on_rank0(lambda: _is_finished(folder, wanted, stage)):
+        if distributed.run_on_rank0(lambda: finished_run(folder, wanted, stage)) is not None:
             logger.info(f"{name}: found in {folder}")
             return True
         logger.info(f"running {name}")
@@ -119,19 +107,6 @@ def _run(progress: Progress, wanted: Recipe, stage: Stage, work: Callable[[RunCo
         return False
     finally:
         gc.collect()  # the model of a run must be gone before the next one is loaded
-    return True
-
-
-def _is_finished(folder: Path, wanted: Recipe, stage: Stage) -> bool:
-    """Raises UserError where the folder holds a run of another recipe."""
-    results = read_results(folder)
-    if results is None or stage not in results.stages:
-        return False
-    for key, (theirs, ours) in differing_keys(results.recipe.content(), clean(wanted)).items():
-        raise UserError(
-            f"{folder} holds a run of another recipe: {key} is {theirs} there and {ours} here; move it away to run it again, "
-            "or choose another run_dir"
-        )
     return True
 
 
@@ -203,14 +178,8 @@ def _apply_rows_of(progress: Progress, source: str, seed: int) -> None:
     """Scores the rows that a lottery has tuned, as they are, on every direction."""
     wanted = _recipe_of(progress.recipe, f"rows-of-{source}", seed, progress.recipe.text.directions)
     lottery = _recipe_of(progress.recipe, source, seed, []).run_dir
-    wanted.ticket = str(Path(lottery) / "ticket")
-
-    def work(run: RunContext) -> None:
-        shard = RowShard(run.model.get_input_embeddings().weight)
-        ticket = load_ticket(run, shard, str(wanted.ticket))
-        shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-        evaluate_stage(run, Stage.TICKET, trained_parameters=ticket.rows_KD.numel())
-
-    if _run(progress, wanted, Stage.TICKET, work, trains=False):
+    path = str(Path(lottery) / "ticket")
+    wanted.ticket = path
+    if _run(progress, wanted, Stage.TICKET, lambda run: score_ticket(run, path), trains=False):
         run = TransferRun(Kind.APPLIED, source, wanted.text.directions, seed, Path(wanted.run_dir), Stage.TICKET)
         progress.runs.append(run)

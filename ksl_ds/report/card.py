@@ -13,7 +13,7 @@ from ksl_ds.environment import Environment
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.lottery.ticket_files import CARD
 from ksl_ds.report.records import Scores
-from ksl_ds.report.tables import Table, stage_table, ticket_rows, ticket_table
+from ksl_ds.report.tables import Table, rows_of_ticket, stage_table, ticket_table
 
 TOKENS_SHOWN = 50
 LOAD = """```python
@@ -69,15 +69,6 @@ def ticket_card(
         head["license"] = licence
     if languages:
         head["language"] = list(languages)
-    rows = ticket_rows(
-        ticket.token_ids,
-        ticket.tokens,
-        ticket.count,
-        ticket.statistic,
-        ticket.pvalue,
-        ticket.shift_ratio,
-        ticket.source.get("train_frequency"),
-    )
     parts = [
         f"---\n{yaml.safe_dump(head, allow_unicode=True)}---",
         f"# {len(ticket):,} embedding rows of {base_model}{translates and f', {translates}'}",
@@ -89,7 +80,7 @@ def ticket_card(
         parts += ["## Scores", markdown(stage_table(stages))]
     parts += [
         "## Tokens",
-        markdown(ticket_table(rows, limit=TOKENS_SHOWN)),
+        markdown(ticket_table(rows_of_ticket(ticket), limit=TOKENS_SHOWN)),
         "## Loading",
         LOAD.format(base=base_model),
         "## How it was made",

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -31,6 +32,7 @@ from ksl_ds.report.plots import direction_bars, svg
 from ksl_ds.report.records import Scores
 from ksl_ds.report.tables import Column, Table, direction_table, in_order, memory, stage_table, ticket_table
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 TICKET_ROWS = 200  # a larger ticket is cut here; ticket.json has all of it
 
 _jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -165,12 +167,12 @@ def write_report(
     path: Path,
     *,
     title: str,
-    recipe_yaml: str,
-    stages: Mapping[str, Scores],
-    ticket_rows: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, Figure],
-    samples: Sequence[Mapping[str, Any]],
-    notes: Sequence[str],
+    recipe_yaml: str = "",
+    stages: Mapping[str, Scores] = NOTHING,
+    ticket_rows: Sequence[Mapping[str, Any]] = (),
+    figures: Mapping[str, Figure] = NOTHING,
+    samples: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
     summary: str = "",
     sections: Sequence[Section] = (),
     environment: Environment | None = None,

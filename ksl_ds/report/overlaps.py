@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ksl_ds.lottery.overlap import Overlaps
 from ksl_ds.report.html import Section, figure, table, write_report
-from ksl_ds.report.plots import COLORS, INK, style
+from ksl_ds.report.plots import draw_heat_map, style
 from ksl_ds.report.tables import Column, Table, count, decimals, visible
 
 ROWS_SHOWN = 20
@@ -78,19 +78,18 @@ def overlap_map(overlaps: Overlaps) -> Figure:
     size = len(overlaps.names)
     values = np.array([[overlaps.jaccard(row, column) for column in range(size)] for row in range(size)], dtype=float)
     np.fill_diagonal(values, np.nan)
+    texts = [
+        [
+            f"{len(overlaps.rows[row]):,} rows" if row == column else f"{values[row, column]:.2f}"
+            for column in range(size)
+        ]
+        for row in range(size)
+    ]
     with style():
         drawn = Figure(figsize=(2.2 + 0.7 * size, 1.6 + 0.5 * size), layout="constrained")
         axes = drawn.subplots()
-        axes.imshow(values, cmap=COLORS, aspect="auto", vmin=0, vmax=np.nanmax(values, initial=0.0) or 1.0)
-        for row in range(size):
-            for column in range(size):
-                text = f"{len(overlaps.rows[row]):,} rows" if row == column else f"{values[row, column]:.2f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=INK)
-        axes.set_xticks(range(size), overlaps.names, rotation=30, ha="right", rotation_mode="anchor", parse_math=False)
-        axes.set_yticks(range(size), overlaps.names, parse_math=False)
+        draw_heat_map(axes, values, texts, overlaps.names, overlaps.names, turned=30)
         axes.set_title("Jaccard overlap")
-        axes.tick_params(length=0, labelsize=8)
-        axes.grid(False)
     return drawn
 
 
@@ -107,12 +106,6 @@ def write_overlap_report(
     write_report(
         path,
         title="What the tickets share",
-        recipe_yaml="",
-        stages={},
-        ticket_rows=[],
-        figures={},
-        samples=[],
-        notes=[],
         summary=", ".join(overlaps.names),
         sections=sections,
     )

@@ -251,6 +251,28 @@ COLORS = LinearSegmentedColormap.from_list(
 )
 
 
+def draw_heat_map(
+    axes: Axes,
+    shade: Any,
+    texts: Sequence[Sequence[str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    turned: int = 0,
+    font_size: float = 7.5,
+) -> None:
+    """Cells in shades from 0 to the largest, each with its text; NaN is empty. `turned`: degrees of the columns' names."""
+    axes.imshow(shade, cmap=COLORS, aspect="auto", vmin=0, vmax=np.nanmax(shade, initial=0.0) or 1.0)
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            axes.text(column, row, text, ha="center", va="center", fontsize=font_size, color=INK)
+    slanted: dict[str, Any] = {"rotation": turned, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+    axes.set_xticks(range(len(columns)), columns, parse_math=False, **slanted)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.tick_params(length=0, labelsize=8)
+    axes.grid(False)
+
+
 def direction_bars(stages: Mapping[str, Scores]) -> Figure:
     """Test loss and BLEU of every direction, a bar for each stage."""
     names = [stage for stage in in_order(stages) if stages[stage].directions]

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from ksl_ds import distributed
 from ksl_ds.config.methods import Stage, label_of
+from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.report.records import DirectionScores, Scores
 
 DASH = "–"
@@ -226,6 +227,19 @@ def ticket_rows(
     if train_frequency is not None:
         lists["train_frequency"] = train_frequency
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def rows_of_ticket(ticket: Ticket) -> list[dict[str, Any]]:
+    """The rows of a ticket for `ticket_table`."""
+    return ticket_rows(
+        ticket.token_ids,
+        ticket.tokens,
+        ticket.count,
+        ticket.statistic,
+        ticket.pvalue,
+        ticket.shift_ratio,
+        ticket.source.get("train_frequency"),
+    )
 
 
 def ticket_table(rows: Iterable[Mapping[str, Any]], limit: int | None = None, title: str = "") -> Table:

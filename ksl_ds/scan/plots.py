@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ksl_ds.report.plots import COLORS, INK, style
+from ksl_ds.report.plots import draw_heat_map, style
 
 OUTSIDE = "–"  # the row of tensors outside the layers
 
@@ -27,17 +27,13 @@ def heat_map(
     for cell in results["cells"]:
         found = value(cell)
         values[layers.index(cell["layer"]), kinds.index(cell["kind"])] = np.nan if found is None else found
+    texts = [["" if np.isnan(number) else show(number) for number in line] for line in values]
+    names = [OUTSIDE if layer is None else str(layer) for layer in layers]
     with style():
         figure = Figure(figsize=(1.2 + 0.55 * max(len(kinds), 6), 1.9 + 0.2 * len(layers)), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(values, cmap=COLORS, aspect="auto", vmin=0, vmax=np.nanmax(values, initial=0.0) or 1.0)
-        for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            axes.text(column, row, show(values[row, column]), ha="center", va="center", fontsize=6.5, color=INK)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
-        axes.set_yticks(range(len(layers)), [OUTSIDE if layer is None else str(layer) for layer in layers])
+        draw_heat_map(axes, values, texts, names, kinds, turned=60, font_size=6.5)
         axes.set(ylabel="layer", title=title)
-        axes.tick_params(length=0, labelsize=8)
-        axes.grid(False)
     return figure
 
 

@@ -116,12 +116,6 @@ def _write_report(results: Mapping[str, Any], path: Path) -> None:
             f"have p < {alpha}, {percent(everything['moved'] / everything['rows'])} moved at all, with a median shift ratio "
             f"of {ratio(everything['median_shift_ratio'])}."
         ),
-        recipe_yaml="",
-        stages={},
-        ticket_rows=(),
-        figures={},
-        samples=(),
-        notes=(),
         sections=sections,
         environment=results["environment"],
     )

@@ -150,7 +150,10 @@ def load_texts(
     UserError
         For a text that cannot be read or used, and for directions that are given the same pairs.
     """
-    directions = directions_of(text)
+    prompts = {
+        one.name: Prompt(one.text.prompt, one.text.source_language, one.text.target_language, tokenizer)
+        for one in directions_of(text)
+    }
     by_split = {split: load_split(text, split, seed) for split in splits}
     if text.directions and text.train:
         trained = by_split["train"] if "train" in by_split else load_split(text, "train", seed)
@@ -158,13 +161,12 @@ def load_texts(
     corpora: dict[str, Corpus] = {}
     examples: dict[str, list[Example]] = {}
     for split, by_direction in by_split.items():
-        _check_distinct(split, by_direction)
-        encoded = {}
-        for direction in directions:
-            of = direction.text
-            prompt = Prompt(of.prompt, of.source_language, of.target_language, tokenizer)
-            corpus = by_direction[direction.name]
-            encoded[direction.name], dropped = encode_corpus(corpus, prompt, text.max_length)
+        if len(by_direction) > 1:
+            _check_distinct(split, by_direction)
+        every: list[Example] = []
+        for name, corpus in by_direction.items():
+            encoded, dropped = encode_corpus(corpus, prompts[name], text.max_length)
+            every += encoded
             corpus.dropped |= dropped
         sizes = [len(corpus.pairs) for corpus in by_direction.values()]
         order = list(range(sum(sizes)))
@@ -172,7 +174,6 @@ def load_texts(
             order = mixed(sizes, text, seed)
             _hint(by_direction, text)
         pairs = [pair for corpus in by_direction.values() for pair in corpus.pairs]
-        every = [example for some in encoded.values() for example in some]
         corpora[split] = _together(split, by_direction, [pairs[index] for index in order])
         examples[split] = [every[index] for index in order]
     return corpora, examples

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksl_ds.errors import UserError
-from ksl_ds.files import write_text
+from ksl_ds.files import read_text, write_text
 from ksl_ds.text.corpus import one_line
 
 DOWNLOAD_SECONDS = 30.0  # without an answer, for the model of a tokenizer: the other ranks wait
@@ -99,6 +99,11 @@ def score(
         output_length=sum(lengths) / len(lengths),
         signatures={"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
     )
+
+
+def read_translations(folder: Path, name: str) -> list[str]:
+    """The lines of a file of `write_translations`, such as "hypotheses". Raises UserError if it cannot be read."""
+    return read_text(folder / f"{name}.txt").split("\n")[:-1]
 
 
 def write_translations(folder: Path, sources: list[str], references: list[str], hypotheses: list[str]) -> None:

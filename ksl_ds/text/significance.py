@@ -12,6 +12,8 @@ from typing import Any
 
 from ksl_ds.text.corpus import one_line
 
+MIN_SENTENCES = 30  # below, a bootstrap is meaningless
+
 
 @dataclass
 class Tested:

@@ -283,6 +283,14 @@ def load_ticket(run: RunContext, shard: RowShard, path: str) -> Ticket:
     return ticket
 
 
+def score_ticket(run: RunContext, path: str) -> None:
+    """Scores the base model with the rows of a ticket, as they are. Collective."""
+    shard = RowShard(run.model.get_input_embeddings().weight)
+    ticket = load_ticket(run, shard, path)
+    shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
+    evaluate_stage(run, Stage.TICKET, trained_parameters=ticket.rows_KD.numel())
+
+
 def published_ticket(run: RunContext, shard: RowShard, direction: str) -> Ticket:
     """A published choice of rows with the base model's values, to be trained. Nothing was tested: every k is 0."""
     with distributed.raise_on_all_ranks():

@@ -17,10 +17,11 @@ from ksl_ds.files import read_text
 from ksl_ds.lottery.ks import critical_count
 from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.report import plots
-from ksl_ds.report.html import Section, what_was_run, write_report
+from ksl_ds.report.html import NOTHING, Section, what_was_run, write_report
 from ksl_ds.report.records import Scores, read_metrics
 from ksl_ds.report.tables import direction_table, print_table, print_text, stage_table, ticket_rows, ticket_table
 from ksl_ds.scan.report import scan_folders
+from ksl_ds.text.scores import read_translations
 from ksl_ds.training.run import RunContext
 
 TOKENS_SHOWN = 40
@@ -112,9 +113,9 @@ def write_run_report(
     run: RunContext,
     *,
     title: str,
-    stages: Mapping[str, Scores] | None = None,
+    stages: Mapping[str, Scores] = NOTHING,
     ticket_rows: Sequence[Mapping[str, Any]] = (),
-    figures: Mapping[str, Figure] | None = None,
+    figures: Mapping[str, Figure] = NOTHING,
     samples: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     sections: Sequence[Section] = (),
@@ -123,14 +124,13 @@ def write_run_report(
 
     Parameters are those of `write_report`; `notes` are those of the command, dropped pairs are noted here.
     """
-    figures = figures or {}
     for caption, figure in figures.items():
         run.tracker.figure(caption, figure)
     write_report(
         run.dir / "report.html",
         title=title,
         recipe_yaml=read_text(run.dir / "recipe.yaml"),
-        stages=stages or {},
+        stages=stages,
         ticket_rows=ticket_rows,
         figures=figures,
         samples=samples,
@@ -185,10 +185,12 @@ def _samples(run: RunContext) -> list[dict[str, str]]:
     places = [place for place in turns if place is not None][:SAMPLES_SHOWN]
     samples = [{"source": test.pairs[place].source, "reference": test.pairs[place].target} for place in places]
     for stage in run.stages:
-        path = run.dir / "translations" / stage / "hypotheses.txt"
-        lines = read_text(path).split("\n")[:-1]
+        folder = run.dir / "translations" / stage
+        lines = read_translations(folder, "hypotheses")
         if len(lines) != len(test.pairs):
-            raise UserError(f"{path} has {len(lines)} lines for {len(test.pairs)} sentences; choose another run_dir")
+            raise UserError(
+                f"{folder / 'hypotheses.txt'} has {len(lines)} lines for {len(test.pairs)} sentences; choose another run_dir"
+            )
         for sample, place in zip(samples, places, strict=True):
             sample[label_of(stage)] = lines[place]
     return samples

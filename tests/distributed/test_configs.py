@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import pytest
 import ranks_configs
 from helpers.cases import job_of_cases
-from helpers.tiny import make_model_folder, write_pairs
+from helpers.runs import prepare_inputs
 
 RECIPE = """
 run_dir: run
@@ -20,13 +20,7 @@ tracking: {wandb: "off"}
 """
 
 
-def prepare(folder: Path) -> None:
-    make_model_folder(folder / "model")
-    write_pairs(folder / "pairs.jsonl")
-    (folder / "recipe.yaml").write_text(RECIPE)
-
-
-configurations = job_of_cases(ranks_configs, ranks=[2], prepare=prepare)
+configurations = job_of_cases(ranks_configs, ranks=[2], prepare=partial(prepare_inputs, recipe=RECIPE))
 
 
 @pytest.mark.parametrize("case", ranks_configs.CASES)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import pytest
 import ranks_estimate
 from helpers.cases import job_of_cases
-from helpers.tiny import make_model_folder, write_pairs
+from helpers.runs import prepare_inputs
 
 RECIPE = """
 run_dir: run
@@ -18,14 +18,8 @@ tracking: {wandb: "off"}
 """
 
 
-def prepare(folder: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    make_model_folder(folder / "model", vocab_size=1001, **sizes)
-    write_pairs(folder / "pairs.jsonl")
-    (folder / "recipe.yaml").write_text(RECIPE)
-
-
-measured = job_of_cases(ranks_estimate, ranks=[2], prepare=prepare)
+SIZES = {"vocab_size": 1001, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+measured = job_of_cases(ranks_estimate, ranks=[2], prepare=partial(prepare_inputs, recipe=RECIPE, **SIZES))
 
 
 @pytest.mark.parametrize("case", ranks_estimate.CASES)

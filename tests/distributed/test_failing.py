@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import launch
-from helpers.tiny import make_model_folder, write_pairs
+from helpers.runs import prepare_inputs
 
 RECIPE = """
 run_dir: run
@@ -23,9 +23,7 @@ tracking: {wandb: "off"}
 @pytest.mark.parametrize(("failing", "speaker"), [("0 1", 0), ("1", 1)])
 def test_fault_something_that_nobody_foresaw(failing, speaker, tmp_path):
     """One line of the job, not forty of each rank; each failing rank leaves its traceback in the run folder."""
-    make_model_folder(tmp_path / "model")
-    write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    prepare_inputs(tmp_path, RECIPE)
     script = Path(__file__).parent / "ranks_failing.py"
     done = launch(2, script, "tune", "recipe.yaml", cwd=tmp_path, FAILING=failing)
     assert done.returncode in (1, 3), done.stderr  # 3: the other rank has noticed before the launcher ended it

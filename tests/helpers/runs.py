@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from helpers.tiny import make_model_folder, write_pairs
 
@@ -24,12 +25,17 @@ tracking: {wandb: "off"}
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
+def prepare_inputs(folder: Path, recipe: str, **settings: Any) -> None:
+    """Puts a model (see `make_model_folder` for its settings), text and a recipe into a folder."""
+    make_model_folder(folder / "model", **settings)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "recipe.yaml").write_text(recipe)
+
+
 def prepare_job(folder: Path) -> None:
     """Puts a tied model, text, a DeepSpeed JSON and a recipe into a folder."""
-    make_model_folder(folder / "model", tied=True)
-    write_pairs(folder / "pairs.jsonl")
+    prepare_inputs(folder, RECIPE, tied=True)
     (folder / "ds.json").write_text(json.dumps(ZERO3))
-    (folder / "recipe.yaml").write_text(RECIPE)
 
 
 def losses(run_dir: Path, stage: str, name: str = "loss") -> list[float]:
