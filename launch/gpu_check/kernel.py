@@ -1,19 +1,20 @@
 """Parts without DeepSpeed: KS kernel and draw against the CPU and scipy; speed of the kernel and of training steps.
 
-Legend: V tokens, D coordinates.
+Legend: V tokens, D coordinates, P positions of a packed row.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpu_check.parts import REPOSITORY, Context, Figures, part, ratio, times_in_turns
 from ksl_ds.lottery import ks
@@ -222,3 +223,61 @@ def training_step(context: Context) -> Figures:
     for side in bench_ticket.SIDES:
         figures[f"{side}: GiB above the model"] = bench_ticket.peak_memory(options, False, side) / 2**30
     return figures
+
+
+@part("kernel", seconds=90, speed=True)
+def packed_attention(context: Context) -> Figures:
+    """Attention of packed pairs with a mask, as training runs it, beside FlexAttention and beside the pairs padded."""
+    figures: Figures = {}
+    for pairs in (2,) if context.rehearse else (16, 64, 128):
+        figures |= attention_times(context, pairs)
+    return figures
+
+
+def attention_times(context: Context, pairs: int) -> Figures:
+    """Forward and backward pass of one layer's attention, 32 heads of 128, pairs of 16 shared and 8 to 56 other tokens."""
+    shared = 16
+    rest = torch.randint(8, 57, (pairs,), generator=torch.Generator().manual_seed(pairs)).tolist()
+    packed = shared + sum(rest)
+    longest = shared + max(rest)
+    pair_P = torch.repeat_interleave(torch.arange(pairs + 1), torch.tensor([shared, *rest])).to(context.device)
+    dtype = torch.float32 if context.rehearse else torch.bfloat16
+    sees_PP = ((pair_P == pair_P[:, None]) | (pair_P == 0)).tril()
+    mask_PP = torch.zeros(packed, packed, dtype=dtype, device=context.device)
+    mask_PP.masked_fill_(~sees_PP, torch.finfo(dtype).min)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & ((pair_P[key] == pair_P[query]) | (pair_P[key] == 0))
+
+    # Not compiled in a rehearsal, which has no C++ compiler for certain; then there is no gradient either.
+    compiled = (lambda function: function) if context.rehearse else torch.compile
+    blocks = compiled(create_block_mask)(visible, None, None, packed, packed, device=context.device)
+    flex = compiled(flex_attention)
+
+    def values(rows: int, length: int) -> list[Tensor]:
+        shape = (rows, context.size(32, 2), length, context.size(128, 16))
+        return [
+            torch.randn(shape, device=context.device, dtype=dtype, requires_grad=not context.rehearse) for _ in range(3)
+        ]
+
+    def both_ways(function: Callable[..., Tensor], inputs: list[Tensor], **settings: object) -> None:
+        output = function(*inputs, **settings)
+        if output.requires_grad:
+            output.sum().backward()
+
+    in_one_row = values(1, packed)
+    in_rows = values(pairs, longest)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        difference = (attention(*in_one_row, attn_mask=mask_PP) - flex(*in_one_row, block_mask=blocks)).abs().max()
+    assert difference < 0.05, f"FlexAttention differs by {difference:.2g}"
+    times = times_in_turns(
+        {
+            "mask": lambda: both_ways(attention, in_one_row, attn_mask=mask_PP),
+            "FlexAttention": lambda: both_ways(flex, in_one_row, block_mask=blocks),
+            "padded": lambda: both_ways(attention, in_rows, is_causal=True),
+        },
+        rounds=context.size(10, 1),
+    )
+    case = f"{pairs} pairs, {packed:,} positions"
+    return {f"{case}, {name}: ms": 1000 * statistics.median(seconds) for name, seconds in times.items()}

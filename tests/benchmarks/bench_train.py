@@ -10,9 +10,10 @@ Full or embed tuning, which both train in the same way. Sides take turns, each a
     Trainer         the same examples in every batch, micro-batches as accelerate deals them out
     Trainer, groups train_sampling_strategy=group_by_length, batches of its own
 
-A token is one of prompt or response, never padding; time is the process time of rank 0, so that other work on the machine
-counts little. A job's throughput is that of the steps after the first two; figures are medians of the jobs, ratios are of the
-same round. The losses of the first three sides must agree.
+A token is one of prompt or response, never padding. Time is the process time of rank 0 on CPUs, so that other work on the
+machine counts little, and wall-clock time on a GPU; memory is the peak of rank 0's GPU. A job's throughput is that of the
+steps after the warm-up; figures are medians of the jobs, ratios are of the same round. The losses of the first three sides
+must agree.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 SIDES = ("ours", "ours, padded", "Trainer", "Trainer, groups")
-WARM_UP = 2  # steps
 SEED = 0
-Steps = tuple[list[float], list[int], list[float]]  # process time at each step's end, its tokens, its loss
+Steps = tuple[list[float], list[int], list[float]]  # the clock at each step's end, its tokens, its loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model folder; default: a random Llama of 24 million parameters")
+    parser.add_argument("--model", help="a model folder; default: a random Llama")
+    parser.add_argument("--width", type=int, default=384, help="of the random Llama")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=16_384)
     parser.add_argument("--train", help="JSON lines with source and target; default: made-up sentences")
     parser.add_argument("--max-words", type=int, default=40)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=2)
@@ -65,26 +69,39 @@ def main() -> None:
 
 def take_turns(options: argparse.Namespace, folder: Path) -> None:
     if options.model is None:
+        import torch
         from helpers.tiny import make_model_folder
 
-        sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
-        options.model = str(make_model_folder(folder / "model", vocab_size=16_384, num_hidden_layers=6, **sizes))
+        heads = options.width // 64
+        sizes = {
+            "vocab_size": options.vocab,
+            "hidden_size": options.width,
+            "intermediate_size": -(-options.width * 8 // (3 * 256)) * 256,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+        }
+        dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+        options.model = str(make_model_folder(folder / "model", dtype=dtype, **sizes))
     options.train = options.train or str(made_up_text(folder / "train.jsonl"))
     write_recipe(options, folder)
     padding(load(folder), options)
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     losses: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
     for number in range(options.rounds):
         for side in SIDES:
             result = start_job(options, side, folder / f"{side}-{number}")
             rates[side].append(result["tokens_per_second"])
             losses[side] = result["losses"]
+            memory[side] = result["peak_bytes"] / 2**30
             print(f"round {number + 1}, {side}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
-    print("\n| side | tokens/s | of Trainer's | loss of the last step |")
-    print("|---|---|---|---|")
+    print("\n| side | tokens/s | of Trainer's | GPU memory, GiB | loss of the last step |")
+    print("|---|---|---|---|---|")
     for side in SIDES:
         ratio = median(rate / other for rate, other in zip(rates[side], rates["Trainer"], strict=True))
-        print(f"| {side} | {median(rates[side]):.0f} | {ratio:.2f} | {losses[side][-1]:.6f} |")
+        gigabytes = f"{memory[side]:.2f}" if memory[side] else "–"
+        print(f"| {side} | {median(rates[side]):.0f} | {ratio:.2f} | {gigabytes} | {losses[side][-1]:.6f} |")
     compared = np.array([losses[side] for side in SIDES[:3]])
     spread = (np.ptp(compared, axis=0) / compared[0]).max()
     print(f"\nlargest relative difference of a step's loss, first three sides: {spread:.1e}")
@@ -228,8 +245,25 @@ def on_a_rank(options: argparse.Namespace) -> None:
         run = partial(trainer, options, options.side.endswith("groups"))
     ends, tokens, losses = run()
     if os.environ["RANK"] == "0":
-        rate = sum(tokens[WARM_UP:]) / (ends[-1] - ends[WARM_UP - 1])
-        (options.out / "result.json").write_text(json.dumps({"tokens_per_second": rate, "losses": losses}))
+        import torch
+
+        first = options.warm_up
+        result = {
+            "tokens_per_second": sum(tokens[first:]) / (ends[-1] - ends[first - 1]),
+            "losses": losses,
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+        (options.out / "result.json").write_text(json.dumps(result))
+
+
+def clock() -> float:
+    """Seconds of process time; on a GPU those of the wall clock, when its work is done."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ours(options: argparse.Namespace, packing: str) -> Steps:
@@ -242,7 +276,7 @@ def ours(options: argparse.Namespace, packing: str) -> Steps:
 
     def timed(*arguments: Any) -> tuple[float, bool]:
         outcome = step_of_loop(*arguments)
-        ends.append(time.process_time())
+        ends.append(clock())
         return outcome
 
     loop.train_step = timed
@@ -281,7 +315,7 @@ def trainer(options: argparse.Namespace, grouped: bool) -> Steps:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *arguments: Any, **others: Any) -> None:
-            ends.append(time.process_time())
+            ends.append(clock())
             seen.append(seen[-1])
 
     config = read_config(options.deepspeed)
