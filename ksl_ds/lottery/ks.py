@@ -5,7 +5,7 @@ row, skipping unchanged rows. Both work in blocks on the tensors' device and nev
 made on integers, so they are the same on every device and for any block size.
 
 CPUs sort (sorting.py) or count into buckets (buckets.py), whichever is faster there, in chunks that a core's cache holds, with
-`torch.get_num_threads()` threads; GPUs sort (kernel.py), in blocks as large as the work space allows.
+`torch.get_num_threads()` threads; GPUs sort and search (kernel.py), in blocks as large as the work space allows.
 
 Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M sizes of samples that differ in size.
 """
@@ -13,7 +13,7 @@ Legend: V tokens, D coordinates, R rows of a block, S the two samples, N and M s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ksl_ds.lottery.buckets import bucket_counts
-from ksl_ds.lottery.kernel import block_counts, infinity, ordered, scaled_counts
+from ksl_ds.lottery.kernel import counts_of_sorted
 from ksl_ds.lottery.pvalues import PValueMethod, critical_count, pvalues
 from ksl_ds.lottery.sorting import fastest, reach_two, sorted_counts
 
@@ -32,9 +32,10 @@ __all__ = ["KSResult", "critical_count", "ks_2samp", "pvalues", "row_counts"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
-WORKSPACE_PER_COORDINATE = 256  # bytes at most, of all intermediate results together
+WORKSPACE_PER_COORDINATE = 256  # bytes at most of a CPU's intermediate results; torch needs fewer, see _torch_chunk
 CPU_CHUNK = 1 << 16  # coordinates of a sample at once on a CPU
 SCAN = 2  # chunks compared at once; more of them, and the second pass over a block finds it out of the cache
+SCANNED_CHUNKS = 4  # of a GPU: their comparison takes no more memory than the sorts of one
 CHUNKS_A_THREAD = 256  # before the threads wait for each other and progress is told
 
 
@@ -162,17 +163,16 @@ def row_counts(
     _check(before_VD, after_VD)
     num_rows = math.prod(before_VD.shape[:-1])
     width = before_VD.shape[-1]
-    on_cpu = before_VD.device.type == "cpu"
-    threads = torch.get_num_threads() if on_cpu else 1
+    if before_VD.device.type != "cpu":
+        return _counts_by_torch(before_VD, after_VD, workspace_bytes, progress, first_row)
+    threads = torch.get_num_threads()
     chunk = max(1, workspace_bytes // (WORKSPACE_PER_COORDINATE * width * threads))
-    if on_cpu:
-        chunk = min(chunk, max(1, CPU_CHUNK // width))
-    block = chunk * threads * (CHUNKS_A_THREAD if on_cpu else 1)
-    counts_V = torch.zeros(num_rows, dtype=torch.int32, device=before_VD.device)
-    if on_cpu:
-        # glibc raises its limit for keeping freed memory to the largest block freed so far, up to 32 MiB. Without this
-        # untouched one it gives every chunk's arrays back, and fresh pages for the next triple the time.
-        np.empty(30 << 20, np.uint8)
+    chunk = min(chunk, max(1, CPU_CHUNK // width))
+    block = chunk * threads * CHUNKS_A_THREAD
+    counts_V = torch.zeros(num_rows, dtype=torch.int32)
+    # glibc raises its limit for keeping freed memory to the largest block freed so far, up to 32 MiB. Without this
+    # untouched one it gives every chunk's arrays back, and fresh pages for the next triple the time.
+    np.empty(30 << 20, np.uint8)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, num_rows, block):
             stop = min(start + block, num_rows)
@@ -180,9 +180,7 @@ def row_counts(
 
             def counts_from(first: int, stop: int = stop, span: int = span) -> Tensor:
                 rows = slice(first, min(first + span, stop))
-                if on_cpu:
-                    return _counts_on_cpu(before_VD, after_VD, rows, chunk, first_row)
-                return _counts_on_gpu(before_VD, after_VD, rows, first_row)
+                return _counts_on_cpu(before_VD, after_VD, rows, chunk, first_row)
 
             parts: Iterable[Tensor] = (pool.map if threads > 1 else map)(counts_from, range(start, stop, span))
             counts_V[start:stop] = torch.cat(list(parts))
@@ -252,13 +250,18 @@ def _changed_or_infinite(
         found_R = (_words(before_RD) != _words(after_RD)).any(axis=1)
         # The highest bit of the exponent is set from 2.0 upwards only: one pass clears a block of small numbers.
         if np.bitwise_or.reduce(before_RD.ravel()) >> 14 & 1:
-            found_R |= (before_RD & 0x7FFF).max(axis=1) >= infinity(dtypes[0])
+            found_R |= (before_RD & 0x7FFF).max(axis=1) >= _infinity(dtypes[0])
         return found_R
     # One pass for both, at about the speed of reading: x - x is 0.0 for finite x, else NaN. A difference of floats is 0.0 for
     # equal ones only, unless torch.set_flush_denormal makes those below 1e-38 one.
     with np.errstate(all="ignore"):
         difference_RD = np.subtract(_floats(before_RD, dtypes[0]), _floats(after_RD, dtypes[1]), order="C")
     return np.bitwise_or.reduce(_words(difference_RD), axis=1) != 0
+
+
+def _infinity(dtype: torch.dtype) -> int:
+    """The bits of infinity, a 16-bit float: those of finite values are smaller numbers, those of NaNs larger ones."""
+    return int(torch.tensor([torch.inf], dtype=dtype).view(torch.int16))
 
 
 def _words(array_RD: NDArray[Any]) -> NDArray[Any]:
@@ -300,29 +303,49 @@ def _sorting_is_faster(dtype: torch.dtype) -> bool:
     return fastest([lambda: sorted_counts(before_RD, after_RD, no_R), lambda: bucket_counts(*floats)]) == 0
 
 
-def _counts_on_gpu(before_VD: Tensor, after_VD: Tensor, rows: slice, first_row: int) -> Tensor:
-    """k of some rows; int32. On the tensors' device, whichever it is."""
-    before_RD, after_RD = _images(before_VD, after_VD, rows.start, rows.stop, first_row)
-    changed_R = (before_RD != after_RD).any(dim=1)
-    if bool(changed_R.all()):
-        return block_counts(before_RD, after_RD)
-    counts_R = torch.zeros(len(before_RD), dtype=torch.int32, device=before_RD.device)
-    if bool(changed_R.any()):
-        counts_R[changed_R] = block_counts(before_RD[changed_R], after_RD[changed_R])
-    return counts_R
+def _counts_by_torch(
+    before_VD: Tensor,
+    after_VD: Tensor,
+    workspace_bytes: int,
+    progress: Callable[[int], object] | None,
+    first_row: int,
+) -> Tensor:
+    """k of every row; int32, on the tensors' device, whichever it is."""
+    num_rows = math.prod(before_VD.shape[:-1])
+    chunk = _torch_chunk(before_VD, after_VD, workspace_bytes)
+    block = SCANNED_CHUNKS * chunk
+    counts_V = torch.zeros(num_rows, dtype=torch.int32, device=before_VD.device)
+    for start in range(0, num_rows, block):
+        rows = slice(start, min(start + block, num_rows))
+        # Of finite numbers only equal ones have a difference of 0; inf - inf is NaN.
+        differs_R = (_rows(before_VD, rows) - _rows(after_VD, rows)).any(dim=1)
+        for changed_R in (start + differs_R.nonzero().flatten()).split(chunk):
+            if len(changed_R):
+                counts_V[changed_R] = counts_of_sorted(*_sorted_rows(before_VD, after_VD, changed_R, first_row))
+        if progress is not None:
+            progress(rows.stop - start)
+    return counts_V
 
 
-def _images(before_VN: Tensor, after_VM: Tensor, start: int, stop: int, first_row: int = 0) -> tuple[Tensor, Tensor]:
-    """Both samples of some rows as integers that order like their values."""
+def _torch_chunk(before_VN: Tensor, after_VM: Tensor, workspace_bytes: int) -> int:
+    """Rows at once: a value takes its own copies, a sort's index of 8 bytes three times, and two positions."""
+    itemsize = torch.promote_types(before_VN.dtype, after_VM.dtype).itemsize
+    width = max(before_VN.shape[-1], after_VM.shape[-1])
+    return max(1, workspace_bytes // ((8 * itemsize + 32) * width))
+
+
+def _sorted_rows(before_VN: Tensor, after_VM: Tensor, rows_R: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """Both samples of some rows, sorted and in one dtype."""
     common = torch.promote_types(before_VN.dtype, after_VM.dtype)
-    before_RN, after_RM = (ordered(_rows(values, start, stop).to(common)) for values in (before_VN, after_VM))
-    bound = infinity(common)
-    finite_SR = torch.stack([(image.amin(1) > -bound) & (image.amax(1) < bound) for image in (before_RN, after_RM)])
-    _check_finite(finite_SR, range(first_row + start, first_row + stop))
+    before_RN = _rows(before_VN, rows_R).to(common).sort(dim=1).values
+    after_RM = _rows(after_VM, rows_R).to(common).sort(dim=1).values
+    # NaN sorts last.
+    finite_SR = torch.stack([sample[:, [0, -1]].isfinite().all(dim=1) for sample in (before_RN, after_RM)])
+    _check_finite(finite_SR, first_row + rows_R)
     return before_RN, after_RM
 
 
-def _check_finite(finite_SR: Tensor, numbers_R: Sequence[int] | NDArray[np.int64]) -> None:
+def _check_finite(finite_SR: Tensor, numbers_R: Tensor | NDArray[np.int64]) -> None:
     finite_R = finite_SR.all(dim=0)
     if not bool(finite_R.all()):
         row = int((~finite_R).nonzero()[0])
@@ -335,12 +358,13 @@ def _matrix(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]) if values.ndim < 3 or values.is_contiguous() else values
 
 
-def _rows(values: Tensor, start: int, stop: int) -> Tensor:
-    """Rows (R, D) of a tensor of any leading shape; a copy of those rows at most."""
+def _rows(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """Some rows (R, D) of a tensor of any leading shape: a copy, but for a slice of a matrix."""
     values = values.detach()
     if values.ndim == 2:
-        return values[start:stop]
-    rows = torch.arange(start, min(stop, math.prod(values.shape[:-1])), device=values.device)
+        return values[rows]
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=values.device)
     return values[torch.unravel_index(rows, values.shape[:-1])]
 
 
@@ -361,13 +385,9 @@ def _check(before: Tensor, after: Tensor) -> None:
 
 
 def _blocks_of_two_sizes(before_RN: Tensor, after_RM: Tensor) -> Tensor:
-    num_rows = math.prod(before_RN.shape[:-1])
-    width = before_RN.shape[-1] + after_RM.shape[-1]
-    block = max(1, WORKSPACE_BYTES // (WORKSPACE_PER_COORDINATE * width))
-    counts_R = torch.zeros(num_rows, dtype=torch.int64, device=before_RN.device)
-    for start in range(0, num_rows, block):
-        counts_R[start : start + block] = scaled_counts(*_images(before_RN, after_RM, start, start + block))
-    return counts_R
+    rows_R = torch.arange(math.prod(before_RN.shape[:-1]), device=before_RN.device)
+    chunks = rows_R.split(_torch_chunk(before_RN, after_RM, WORKSPACE_BYTES))
+    return torch.cat([counts_of_sorted(*_sorted_rows(before_RN, after_RM, chunk_R)) for chunk_R in chunks]).long()
 
 
 def _pvalues_of_two_sizes(before_RN: Tensor, after_RM: Tensor, count_R: Tensor, method: PValueMethod) -> Tensor:
@@ -377,7 +397,7 @@ def _pvalues_of_two_sizes(before_RN: Tensor, after_RM: Tensor, count_R: Tensor, 
     pvalue_R = torch.empty(len(count_R), dtype=torch.float64, device=count_R.device)
     for count in count_R.unique():
         with_count_R = count_R == count
-        row = int(with_count_R.nonzero()[0])
-        samples = [_rows(values, row, row + 1)[0].double().cpu().numpy() for values in (before_RN, after_RM)]
+        row = with_count_R.nonzero()[0]
+        samples = [_rows(values, row)[0].double().cpu().numpy() for values in (before_RN, after_RM)]
         pvalue_R[with_count_R] = float(scipy_ks_2samp(*samples, method=method).pvalue)
     return pvalue_R

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ksl_ds.lottery.kernel import ordered, scaled_counts
+from ksl_ds.lottery.kernel import counts_of_sorted
 
 Ints = NDArray[np.signedinteger[Any]]
 
@@ -76,9 +76,10 @@ def sorted_counts(before_RD: Ints, after_RD: Ints, large_R: NDArray[np.bool_]) -
     counts_R = np.empty(len(large_R), np.int32)
     counts_R[~large_R] = _counts([bits_RD[~large_R] for bits_RD in samples], own)
     large = [bits_RD[large_R] for bits_RD in samples]
-    if own.itemsize == 8:  # no integer holds such a key: the sort carries the samples along
-        images = [ordered(torch.from_numpy(bits_RD).view(torch.float64)) for bits_RD in large]
-        counts_R[large_R] = scaled_counts(*images).numpy()
+    if own.itemsize == 8:  # no integer holds such a key: the samples are sorted apart
+        counts_R[large_R] = counts_of_sorted(
+            *(torch.from_numpy(np.sort(bits_RD.view("f8"))) for bits_RD in large)
+        ).numpy()
     else:
         counts_R[large_R] = _counts(large, np.dtype(f"i{2 * own.itemsize}"))
     return counts_R

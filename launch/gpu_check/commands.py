@@ -65,9 +65,12 @@ def start(context: Context, *words: str) -> subprocess.Popen[str]:
 
 def command(context: Context, *words: str) -> None:
     """Runs a command; raises where it fails, with the end of its output."""
-    process = start(context, *words)
+    finish(start(context, *words))
+
+
+def finish(process: subprocess.Popen[str]) -> None:
     output, _ = process.communicate()
-    assert process.returncode == 0, f"{' '.join(words)} failed: {output[-1500:]}"
+    assert process.returncode == 0, f"{' '.join(map(str, process.args))} failed: {output[-1500:]}"  # type: ignore[arg-type]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -75,19 +78,22 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if line.get("loss") is not None and line["step"] > 0]
 
 
+WHOLE = ("tune", "recipe.yaml", "run_dir=whole", "method=embed")
+
+
 def whole_run(context: Context) -> Path:
     """Embed tuning without an interruption, translated with whole weights; run once for all parts that need it."""
     folder = prepare(context)
     if not (folder / "whole" / "results.json").exists():
-        command(context, "tune", "recipe.yaml", "run_dir=whole", "method=embed")
+        command(context, *WHOLE)
     return folder / "whole"
 
 
-@part("commands", seconds=100)
+@part("commands", seconds=200)
 def resume(context: Context) -> Figures:
     """A training run stopped by SIGTERM resumes with the losses of an uninterrupted one to the bit."""
-    whole = losses(whole_run(context))
     folder = prepare(context)
+    whole = start(context, *WHOLE)
     # Generation with partitioned weights on the resumed run: the next part compares it.
     words = ("tune", "recipe.yaml", "run_dir=stopped", "method=embed", "resume=auto", "evaluation.gather_weights=false")
     process = start(context, *words)
@@ -98,8 +104,10 @@ def resume(context: Context) -> Figures:
     process.communicate()
     steps_before = len(losses(folder / "stopped"))
     command(context, *words)
+    finish(whole)
+    expected = losses(folder / "whole")
     found = losses(folder / "stopped")
-    assert found == whole, f"losses differ: {found} instead of {whole}"
+    assert found == expected, f"losses differ: {found} instead of {expected}"
     return {"stopped after step": steps_before, "of": STEPS}
 
 

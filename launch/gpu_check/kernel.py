@@ -24,16 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK_BYTES = 1 << 30  # of the keys that the other sides sort at once
 
 
-def device_counts(before_VD: Tensor, after_VD: Tensor, context: Context, workspace_bytes: int | None = None) -> Tensor:
+def device_counts(before_VD: Tensor, after_VD: Tensor, context: Context, workspace_bytes: int) -> Tensor:
     """k of every row by the GPU's kernel, on the CPU in a rehearsal."""
-    if not context.rehearse:
-        settings = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
-        return ks.row_counts(before_VD.cuda(), after_VD.cuda(), **settings).cpu()
-    block = max(1, (workspace_bytes or 1 << 20) // (ks.WORKSPACE_PER_COORDINATE * before_VD.shape[1]))
-    blocks = range(0, len(before_VD), block)
-    return torch.cat(
-        [ks._counts_on_gpu(before_VD, after_VD, slice(at, min(at + block, len(before_VD))), 0) for at in blocks]
-    )
+    sides = (before_VD.to(context.device), after_VD.to(context.device))
+    return ks._counts_by_torch(*sides, workspace_bytes, None, 0).cpu()
 
 
 def cases(dtype: torch.dtype, num_rows: int, width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -67,7 +61,7 @@ def ks_counts(context: Context) -> Figures:
         for name, before_VD, after_VD in cases(dtype, num_rows, width):
             expected_V = ks.row_counts(before_VD, after_VD)
             # A work space of a few rows puts block borders everywhere.
-            for workspace in (None, 7 * ks.WORKSPACE_PER_COORDINATE * width):
+            for workspace in (ks.WORKSPACE_BYTES, 7 * 64 * width):
                 found_V = device_counts(before_VD, after_VD, context, workspace)
                 assert torch.equal(found_V, expected_V), f"{name}, {dtype}: counts differ from the CPU's"
             for row in range(0, num_rows, num_rows // 6):
@@ -92,6 +86,7 @@ def draw(context: Context) -> Figures:
     vocab_size = context.size(32_000, 500)
     width = context.size(2048, 64)
     _, before_VD, after_VD = list(cases(torch.bfloat16, vocab_size, width))[1]
+    after_VD[::100] *= 1.5
     here = draw_ticket(before_VD, after_VD, alpha=0.5)
     there = draw_ticket(before_VD.to(context.device), after_VD.to(context.device), alpha=0.5)
     assert here.token_ids == there.token_ids, "other rows were drawn"
@@ -102,6 +97,7 @@ def draw(context: Context) -> Figures:
     for selection in ("alpha", "top_k", "bonferroni", "benjamini_hochberg"):
         same = choose_rows(on_cpu, selection=selection).tolist() == choose_rows(on_device, selection=selection).tolist()
         assert same, f"selection {selection} differs"
+    assert 0 < len(here.token_ids) < vocab_size, f"{len(here.token_ids)} rows were drawn"
     return {"rows drawn": len(here.token_ids), "of": vocab_size}
 
 
@@ -148,6 +144,11 @@ def ks_times(context: Context, vocab_size: int, width: int, dtype: torch.dtype) 
     case = f"{vocab_size:,} x {width:,} {str(dtype).removeprefix('torch.')}"
     gigabytes = 2 * before_VD.numel() * before_VD.element_size() / 1e9
     figures: Figures = {}
+    if not context.rehearse:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        ks.row_counts(before_VD, after_VD)
+        figures[f"{case}, work space in use: MiB"] = (torch.cuda.max_memory_allocated() - held) / 2**20
     for name in ("all changed", "2 % changed"):
         seconds = statistics.median(times[name])
         figures[f"{case}, {name}: s"] = seconds

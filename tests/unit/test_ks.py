@@ -17,7 +17,7 @@ from scipy import stats
 
 from ksl_ds import critical_count, ks_2samp
 from ksl_ds.lottery import buckets, ks, sorting
-from ksl_ds.lottery.ks import _counts_on_gpu, row_counts
+from ksl_ds.lottery.ks import _counts_by_torch, row_counts
 from ksl_ds.lottery.pvalues import pvalues
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -75,7 +75,7 @@ def test_counts_are_those_of_the_definition(dtype, width):
         before, after = random_rows(14, width, dtype, seed=width, shift=shift)
         expected = brute_force(before, after) if width < 1000 else searched(before, after)
         assert row_counts(before, after).tolist() == expected
-        assert _counts_on_gpu(before, after, slice(0, 14), 0).tolist() == expected
+        assert _counts_by_torch(before, after, 10**5, None, 0).tolist() == expected
         assert expected[:2] == [0, 0] and expected[2] == expected[9] == width
 
 
@@ -122,7 +122,7 @@ def test_counts_of_any_values_and_dtypes(samples):
     result = ks_2samp(before, after)
     assert result.count.tolist() == expected
     assert result.statistic.tolist() == [count / before.shape[1] for count in expected]
-    assert _counts_on_gpu(before, after, slice(0, len(before)), 0).tolist() == expected
+    assert _counts_by_torch(before, after, 1, None, 0).tolist() == expected
     table = exact_pvalues(before.shape[1])
     assert result.pvalue.tolist() == pytest.approx([table[count] for count in expected], rel=1e-9)
 
@@ -345,10 +345,13 @@ def test_blocks_and_threads_change_nothing(workspace_bytes, threads):
     torch.set_num_threads(threads)
     try:
         counts = row_counts(before, after, workspace_bytes=workspace_bytes, progress=done.append)
+        told = []
+        assert _counts_by_torch(before, after, workspace_bytes, told.append, 0).tolist() == expected
     finally:
         torch.set_num_threads(usual)
     assert counts.tolist() == expected and counts.dtype == torch.int32
-    assert sum(done) == 700 and min(done) > 0
+    assert sum(done) == sum(told) == 700
+    assert min(done) > 0 and min(told) > 0
 
 
 # ---- bad input
@@ -390,7 +393,7 @@ def test_values_that_are_not_finite_are_named(dtype, bad):
             after[17, 3] = bad  # in `both`: an unchanged row, unless NaN
         after[25, 0] = bad
         message = f"row 17 of {'after' if name == 'after' else 'before'} holds NaN or infinity"
-        for test in (ks_2samp, row_counts, lambda x, y: _counts_on_gpu(x, y, slice(0, 30), 0)):
+        for test in (ks_2samp, row_counts, lambda x, y: _counts_by_torch(x, y, 10**4, None, 0)):
             with pytest.raises(ValueError, match=message):
                 test(before, after)
         with pytest.raises(ValueError, match=message):
