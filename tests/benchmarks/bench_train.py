@@ -12,7 +12,7 @@ Full or embed tuning, which both train in the same way. Sides take turns, each a
 
 A token is one of prompt or response, never padding. Time is the process time of rank 0 on CPUs, so that other work on the
 machine counts little, and wall-clock time on a GPU; memory is the peak of rank 0's GPU. A job's throughput is that of the
-steps after the warm-up; figures are medians of the jobs, ratios are of the same round. The losses of the first three sides
+steps after the warm-up; figures are medians of the jobs, ratios are of the same round. The losses of all sides but the last
 must agree.
 """
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--method", choices=["full", "embed"], default="full")
     parser.add_argument("--deepspeed", default="zero3.json")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="Trainer is one of them")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # on a rank
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options, _ = parser.parse_known_args()
@@ -86,11 +87,11 @@ def take_turns(options: argparse.Namespace, folder: Path) -> None:
     options.train = options.train or str(made_up_text(folder / "train.jsonl"))
     write_recipe(options, folder)
     padding(load(folder), options)
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    rates: dict[str, list[float]] = {side: [] for side in options.sides}
     losses: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     for number in range(options.rounds):
-        for side in SIDES:
+        for side in options.sides:
             result = start_job(options, side, folder / f"{side}-{number}")
             rates[side].append(result["tokens_per_second"])
             losses[side] = result["losses"]
@@ -98,13 +99,13 @@ def take_turns(options: argparse.Namespace, folder: Path) -> None:
             print(f"round {number + 1}, {side}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     print("\n| side | tokens/s | of Trainer's | GPU memory, GiB | loss of the last step |")
     print("|---|---|---|---|---|")
-    for side in SIDES:
+    for side in options.sides:
         ratio = median(rate / other for rate, other in zip(rates[side], rates["Trainer"], strict=True))
         gigabytes = f"{memory[side]:.2f}" if memory[side] else "–"
         print(f"| {side} | {median(rates[side]):.0f} | {ratio:.2f} | {gigabytes} | {losses[side][-1]:.6f} |")
-    compared = np.array([losses[side] for side in SIDES[:3]])
+    compared = np.array([losses[side] for side in options.sides if side != "Trainer, groups"])
     spread = (np.ptp(compared, axis=0) / compared[0]).max()
-    print(f"\nlargest relative difference of a step's loss, first three sides: {spread:.1e}")
+    print(f"\nlargest relative difference of a step's loss, sides with the same batches: {spread:.1e}")
 
 
 def made_up_text(path: Path) -> Path:
@@ -214,7 +215,11 @@ def start_job(options: argparse.Namespace, side: str, folder: Path) -> dict[str,
 
     folder.mkdir()
     write_recipe(options, folder)
-    passed = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if value is not None]
+    passed = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(options).items()
+        if value is not None and name != "sides"
+    ]
     command = [
         sys.executable,
         "-m",
