@@ -161,43 +161,6 @@ def prefix(context: Context) -> Figures:
     return {"last loss": losses(prepare(context) / "prefix")[-1]}
 
 
-@part("commands", seconds=200, speed=True)
-def embed_tuning_throughput(context: Context) -> Figures:
-    """Embed tuning of a Llama of 0.9 billion parameters beside Hugging Face's Trainer, same config, text and seed."""
-    return training_throughput(context, "embed")
-
-
-@part("commands", seconds=200, speed=True)
-def full_tuning_throughput(context: Context) -> Figures:
-    """Full tuning of the same model beside Hugging Face's Trainer."""
-    return training_throughput(context, "full")
-
-
-def training_throughput(context: Context, method: str) -> Figures:
-    """Tokens/s and GPU memory of every side of `bench_train.py`."""
-    sizes = ["--precision=bf16", "--steps=20", "--warm-up=5", "--batch-size=64", "--micro-batch-size=16"]
-    sizes += ["--vocab=128256", "--width=2048", "--layers=8"]
-    if context.rehearse:
-        sizes = ["--model=model", "--train=pairs.jsonl", "--steps=3", "--batch-size=4", "--micro-batch-size=2"]
-    script = REPOSITORY / "tests" / "benchmarks" / "bench_train.py"
-    done = subprocess.run(
-        [sys.executable, script, "--rounds=1", "--ranks=1", f"--method={method}", *sizes],
-        cwd=prepare(context),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
-    rows = re.findall(r"^\| (\S.*?) \| (\d+) \| (\S+) \| (\S+) \| (\S+) \|$", done.stdout, re.MULTILINE)
-    assert rows, done.stdout[-1500:]
-    figures: Figures = {}
-    for side, rate, share, memory, _ in rows:
-        figures[f"{side}: tokens/s"] = float(rate)
-        figures[f"{side}: of the Trainer's"] = float(share)
-        if not context.rehearse:
-            figures[f"{side}: GiB"] = float(memory)
-    return figures
-
-
 @part("commands", seconds=60, speed=True)
 def scan_throughput(context: Context) -> Figures:
     """The KS test of every matrix of two checkpoints, 1.1 billion bf16 weights that all changed: weights/s."""
@@ -271,3 +234,40 @@ def translation_throughput(context: Context) -> Figures:
         seconds = time.perf_counter() - started
         tokens = sum(translation.num_tokens for translation in found)
     return {"tokens/s": tokens / seconds, "batch size": settings.batch_size}
+
+
+@part("commands", seconds=200, speed=True)
+def embed_tuning_throughput(context: Context) -> Figures:
+    """Embed tuning of a Llama of 0.9 billion parameters beside Hugging Face's Trainer, same config, text and seed."""
+    return training_throughput(context, "embed")
+
+
+@part("commands", seconds=200, speed=True)
+def full_tuning_throughput(context: Context) -> Figures:
+    """Full tuning of the same model beside Hugging Face's Trainer."""
+    return training_throughput(context, "full")
+
+
+def training_throughput(context: Context, method: str) -> Figures:
+    """Tokens/s and GPU memory of every side of `bench_train.py`."""
+    sizes = ["--precision=bf16", "--steps=20", "--warm-up=5", "--batch-size=64", "--micro-batch-size=16"]
+    sizes += ["--vocab=128256", "--width=2048", "--layers=8"]
+    if context.rehearse:
+        sizes = ["--model=model", "--train=pairs.jsonl", "--steps=3", "--batch-size=4", "--micro-batch-size=2"]
+    script = REPOSITORY / "tests" / "benchmarks" / "bench_train.py"
+    done = subprocess.run(
+        [sys.executable, script, "--rounds=1", "--ranks=1", f"--method={method}", *sizes],
+        cwd=prepare(context),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    rows = re.findall(r"^\| (\S.*?) \| (\d+) \| (\S+) \| (\S+) \| (\S+) \|$", done.stdout, re.MULTILINE)
+    assert rows, done.stdout[-1500:]
+    figures: Figures = {}
+    for side, rate, share, memory, _ in rows:
+        figures[f"{side}: tokens/s"] = float(rate)
+        figures[f"{side}: of the Trainer's"] = float(share)
+        if not context.rehearse:
+            figures[f"{side}: GiB"] = float(memory)
+    return figures

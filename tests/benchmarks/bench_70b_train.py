@@ -150,7 +150,7 @@ def train(options: argparse.Namespace, folder: Path, layers: int) -> dict[str, f
             "recipe.yaml",
         ],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )
     if ended.returncode:
         sys.exit(f"{layers} layers: the training failed")

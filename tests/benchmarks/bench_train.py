@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIDES = ("ours", "ours, padded", "Trainer", "Trainer, groups")
 SEED = 0
 Steps = tuple[list[float], list[int], list[float]]  # the clock at each step's end, its tokens, its loss
@@ -231,9 +231,10 @@ def start_job(options: argparse.Namespace, side: str, folder: Path) -> dict[str,
         __file__,
         *passed,
     ]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
         [*command, f"--side={side}", f"--out={folder}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
     )
