@@ -1,8 +1,9 @@
 """The certified ticket of a run: losses of every candidate on the calibration text, their tests, and the ticket's folder.
 
 Calibration text: text.valid, which decides nothing in a training run (its loss is only logged); text.test shows whether the
-promise held. Candidates are tested in sequences, the largest ticket first: partial transfer of T(alpha), and the ticket that
-was given. Each of s sequences gets the s-th part of the error probability, so all certificates of a run hold at once.
+promise held. Candidates are tested in sequences, the largest ticket first: partial transfer of T(alpha), the ticket that was
+given, the tuned tickets of a comparison. Each of s sequences gets the s-th part of the error probability, so all certificates
+of a run hold at once.
 
 Legend: N predicted tokens, S sentences, V tokens of the vocabulary, K ticket rows.
 """
@@ -26,11 +27,10 @@ from ksl_ds.files import write_json
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.model.folder import ModelFolder, token_strings
 from ksl_ds.training.run import RunContext
-from ksl_ds.training.stages import save_ticket
+from ksl_ds.training.stages import CERTIFIED_TICKET, save_ticket
 
 logger = logging.getLogger(__name__)
 
-CERTIFIED_TICKET = "certified_ticket"
 LOSSES = "sentence_losses.json"
 
 
@@ -49,15 +49,19 @@ def leave_out_of_calibration(run: RunContext, trained: set[str] | None) -> None:
     leave_out(run, "valid", (trained or set()) | tested, "text.train or text.test")
 
 
-def sentence_losses(risk: str, reference: Predictions, candidate: Predictions) -> Losses:
-    """What each sentence loses by the candidate: float64 (S,), in [0, 1].
+def sentence_losses(risk: str, reference: Predictions, candidate: Predictions, gold_N: torch.Tensor) -> Losses:
+    """What each sentence loses by the candidate: float64 (S,), in [0, 1]; 0 where the candidate is the reference.
 
     Parameters
     ----------
-    risk : {'tokens', 'sentence'}
-        The share of tokens on which the top tokens differ, or whether any differs.
+    risk : {'tokens', 'sentence', 'lost_tokens', 'chrf'}
+        The share of tokens on which the top tokens differ; whether any differs; the share that the reference predicts as the
+        reference translation has them and the candidate does not; or how far the chrF++ of the candidate's translation falls
+        below that of the reference's, over 100.
     reference, candidate : Predictions
         Of the same text.
+    gold_N : int64 tensor (N,)
+        The tokens of the reference translations.
 
     Examples
     --------
@@ -65,14 +69,22 @@ def sentence_losses(risk: str, reference: Predictions, candidate: Predictions) -
     >>> empty, length = torch.zeros(3), torch.tensor([1, 2])
     >>> one = Predictions(empty, empty, torch.tensor([5, 6, 7]), length)
     >>> other = Predictions(empty, empty, torch.tensor([5, 6, 8]), length)
-    >>> sentence_losses("tokens", one, other).tolist(), sentence_losses("sentence", one, other).tolist()
-    ([0.0, 0.5], [0.0, 1.0])
+    >>> gold = torch.tensor([5, 9, 7])
+    >>> for risk in ("tokens", "sentence", "lost_tokens"):
+    ...     print(sentence_losses(risk, one, other, gold).tolist())
+    [0.0, 0.5]
+    [0.0, 1.0]
+    [0.0, 0.5]
     """
+    if reference.chrf_S is not None and candidate.chrf_S is not None:
+        return ((reference.chrf_S - candidate.chrf_S) / 100).clamp(min=0).numpy()
     length_S = reference.length_S
     sentence_N = torch.repeat_interleave(torch.arange(len(length_S)), length_S)
-    differs_N = (reference.top_N != candidate.top_N).double()
-    differing_S = torch.zeros(len(length_S), dtype=torch.float64).index_add_(0, sentence_N, differs_N)
-    loss_S = differing_S / length_S if risk == "tokens" else (differing_S > 0).double()
+    differs_N = reference.top_N != candidate.top_N
+    if risk == "lost_tokens":
+        differs_N &= reference.top_N == gold_N
+    differing_S = torch.zeros(len(length_S), dtype=torch.float64).index_add_(0, sentence_N, differs_N.double())
+    loss_S = (differing_S > 0).double() if risk == "sentence" else differing_S / length_S
     return loss_S.numpy()
 
 
@@ -95,11 +107,18 @@ def certify_texts(
     asked = run.recipe.certify
     sequences = _sequences(candidates)
     confidence = 1 - (1 - asked.confidence) / len(sequences)
+    gold = {
+        text: torch.tensor([number for example in run.examples[text] for number in example.response_ids])
+        for text in ("valid", "test")
+    }
     tested: list[dict[str, Any]] = []
     losses: dict[str, dict[str, list[float]]] = {"valid": {}, "test": {}}
     for name, members in sequences.items():
         of_text = {
-            text: [sentence_losses(asked.risk, reference[text], candidate.predictions[text]) for candidate in members]
+            text: [
+                sentence_losses(asked.risk, reference[text], candidate.predictions[text], gold[text])
+                for candidate in members
+            ]
             for text in losses
         }
         rows = [int(candidate.in_ticket_V.sum()) for candidate in members]
@@ -136,15 +155,19 @@ def _sequences(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """Candidates by sequence, the largest ticket first. Of alphas with the same ticket the first is taken."""
     found: dict[str, list[Candidate]] = {}
     for candidate in sorted(candidates, key=lambda candidate: -int(candidate.in_ticket_V.sum())):
-        members = found.setdefault("ticket given" if candidate.record["given"] else "partial transfer", [])
-        if not members or not torch.equal(members[-1].in_ticket_V, candidate.in_ticket_V):
+        members = found.setdefault(candidate.record["sequence"], [])
+        if (
+            candidate.ticket is not None
+            or not members
+            or not torch.equal(members[-1].in_ticket_V, candidate.in_ticket_V)
+        ):
             members.append(candidate)
     return found
 
 
 def save_certified_ticket(
     run: RunContext, reference: ModelFolder, shift: Shift, candidates: Sequence[Candidate], risk: Mapping[str, Any]
-) -> None:
+) -> Ticket | None:
     """Writes the smallest certified ticket to `certified_ticket/`, unless there is none or it has no row. Collective.
 
     Parameters
@@ -162,11 +185,13 @@ def save_certified_ticket(
     """
     smallest = risk["smallest"]
     if smallest is None or smallest["rows"] == 0:
-        return
+        return None
     chosen = next(candidate for candidate in candidates if candidate_name(candidate.record) == smallest["name"])
     ticket = chosen.ticket or _transferred(run, reference, shift, chosen)
     promise = {name: risk[name] for name in ("risk", "epsilon", "confidence", "sentences")}
-    save_ticket(run, ticket.with_rows(ticket.rows_KD, certified=promise), run.dir / CERTIFIED_TICKET)
+    certified = ticket.with_rows(ticket.rows_KD, certified=promise)
+    save_ticket(run, certified, run.dir / CERTIFIED_TICKET)
+    return certified
 
 
 def _transferred(run: RunContext, reference: ModelFolder, shift: Shift, candidate: Candidate) -> Ticket:

@@ -10,7 +10,9 @@ Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from ksl_ds import distributed
 from ksl_ds.certificate.criterion import Predictions
 from ksl_ds.certificate.predictions import predict_texts
-from ksl_ds.config.methods import Stage
+from ksl_ds.config.methods import METHODS, Stage
 from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.pvalues import critical_count
@@ -35,6 +37,11 @@ from ksl_ds.training.stages import load_ticket
 
 logger = logging.getLogger(__name__)
 
+# Sequences of candidates, each tested from its largest ticket down.
+TRANSFER = "partial transfer"
+GIVEN = "ticket given"
+COMPARED = "tickets compared"
+
 
 @dataclass
 class Candidate:
@@ -44,7 +51,7 @@ class Candidate:
     tau_count: int  # tau is tau_count / D; every row outside the ticket has a smaller k
     in_ticket_V: Tensor  # bool
     predictions: dict[str, Predictions]  # by text: "test", and "valid" where there is one
-    ticket: Ticket | None = None  # the ticket that was given
+    ticket: Ticket | None = None  # one that has rows of its own
 
 
 def open_reference(recipe: Recipe) -> ModelFolder:
@@ -79,56 +86,80 @@ def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Ca
                 "that differ in the input embedding alone: give the embed-tuned model of this base"
             )
     shard = RowShard(embedding)
-    ticket = load_ticket(run, shard, recipe.ticket) if recipe.ticket is not None else None
-    if ticket is not None and run.folder.tied and ticket.embedding_scope != recipe.model.embedding_scope:
-        raise UserError(
-            f"ticket {recipe.ticket} was tuned with model.embedding_scope={ticket.embedding_scope}, which the recipe sets "
-            f"to {recipe.model.embedding_scope}: the output head of this tied model would be another one"
-        )
+    given = [load_ticket(run, shard, recipe.ticket)] if recipe.ticket is not None else []
+    compared = [load_ticket(run, shard, path) for path in distributed.run_on_rank0(lambda: compared_tickets(recipe))]
+    for ticket in (*given, *compared):
+        if run.folder.tied and ticket.embedding_scope != recipe.model.embedding_scope:
+            raise UserError(
+                f"ticket {recipe.ticket or recipe.certify.comparison} was tuned with "
+                f"model.embedding_scope={ticket.embedding_scope}, which the recipe sets "
+                f"to {recipe.model.embedding_scope}: the output head of this tied model would be another one"
+            )
     base_RD = shard.read()
-    with distributed.raise_on_all_ranks():
-        stored_RD = reference.read_rows(reference.embedding_name, shard.start, shard.stop)
-    dtype = TORCH_DTYPE[recipe.training.precision]
-    reference_RD = stored_RD.to(dtype).float()
+    reference_RD = rows_of_reference(run, shard, reference)
     shard.write(reference_RD)
+    dtype = TORCH_DTYPE[recipe.training.precision]
     shift = replace(sharded_shift(shard, base_RD), tested_dtype=dtype_name(dtype))
     candidates = []
-    if ticket is not None:
+    for ticket in (*given, *compared):
         shard.write(base_RD)
         shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-        candidates.append(_given_ticket(run, ticket, shift))
-    alphas = set(recipe.certify.alphas)
-    if ticket is not None and ticket.selection == "alpha":
-        alphas.add(ticket.alpha)
-    last: Candidate | None = None
-    for alpha in sorted(alphas):
-        count = critical_count(shift.num_samples, alpha, recipe.draw.method)
-        in_ticket_V = shift.count_V >= count
-        if last is None or not torch.equal(in_ticket_V, last.in_ticket_V):
-            shard.write(torch.where(in_ticket_V[shard.start : shard.stop, None], reference_RD, base_RD))
-            predictions = predict_texts(run, f"partial transfer, alpha {alpha:g}")
-        else:
-            predictions = last.predictions  # tickets are nested in alpha: the same size is the same ticket
-        last = Candidate(
-            {
-                "candidate": Stage.PARTIAL_TRANSFER,
-                "given": False,
-                "selection": "alpha",
-                "alpha": alpha,
-                "method": recipe.draw.method,
-                "critical_count": count,
-            },
-            count,
-            in_ticket_V,
-            predictions,
-        )
-        candidates.append(last)
+        sequence = GIVEN if ticket in given else COMPARED
+        candidates.append(_candidate_of_ticket(run, ticket, shift, sequence))
+    alphas = {*recipe.certify.alphas, *(ticket.alpha for ticket in given if ticket.selection == "alpha")}
+    candidates += transfer_candidates(run, shard, shift, base_RD, reference_RD, alphas)
     free_weights(run.model)
     return candidates, shift
 
 
-def _given_ticket(run: RunContext, ticket: Ticket, shift: Shift) -> Candidate:
-    """The ticket that was given, in the model already. Its tau is one that no row outside it reaches."""
+def rows_of_reference(run: RunContext, shard: RowShard, reference: ModelFolder) -> Tensor:
+    """This rank's rows of the reference's embedding in the run's precision, float32 (R, D)."""
+    with distributed.raise_on_all_ranks():
+        stored_RD = reference.read_rows(reference.embedding_name, shard.start, shard.stop)
+    return stored_RD.to(TORCH_DTYPE[run.recipe.training.precision]).float()
+
+
+def transfer_candidates(
+    run: RunContext, shard: RowShard, shift: Shift, base_RD: Tensor, reference_RD: Tensor, alphas: Iterable[float]
+) -> list[Candidate]:
+    """Partial transfer of T(alpha) at every level: the base model with the reference's rows. Leaves the last in the model."""
+    candidates: list[Candidate] = []
+    method = run.recipe.draw.method
+    for alpha in sorted(alphas):
+        count = critical_count(shift.num_samples, alpha, method)
+        in_ticket_V = shift.count_V >= count
+        if not candidates or not torch.equal(in_ticket_V, candidates[-1].in_ticket_V):
+            shard.write(torch.where(in_ticket_V[shard.start : shard.stop, None], reference_RD, base_RD))
+            predictions = predict_texts(run, f"partial transfer, alpha {alpha:g}")
+        else:
+            predictions = candidates[-1].predictions  # tickets are nested in alpha: the same size is the same ticket
+        record = {
+            "candidate": Stage.PARTIAL_TRANSFER,
+            "sequence": TRANSFER,
+            "given": False,
+            "selection": "alpha",
+            "alpha": alpha,
+            "method": method,
+            "critical_count": count,
+        }
+        candidates.append(Candidate(record, count, in_ticket_V, predictions))
+    return candidates
+
+
+def compared_tickets(recipe: Recipe) -> list[str]:
+    """Folders of the tickets that a comparison has tuned with the recipe's seed. Raises UserError if there is none."""
+    home = recipe.certify.comparison
+    if home is None:
+        return []
+    pattern = f"runs/{METHODS['ticket'].key}_alpha_*-seed{recipe.seed}/ticket"
+    found = sorted(map(str, Path(home).glob(pattern)))
+    if not found:
+        raise UserError(f"certify.comparison={home} has no tuned ticket of seed {recipe.seed} (no folder {pattern})")
+    return found
+
+
+def _candidate_of_ticket(run: RunContext, ticket: Ticket, shift: Shift, sequence: str) -> Candidate:
+    """A ticket with rows of its own, in the model already. Its tau is one that no row outside it reaches."""
     in_ticket_V = torch.zeros(len(shift.count_V), dtype=torch.bool)
     in_ticket_V[ticket.token_ids] = True
     by_alpha = ticket.selection == "alpha"
@@ -137,14 +168,16 @@ def _given_ticket(run: RunContext, ticket: Ticket, shift: Shift) -> Candidate:
     stage = str(ticket.source.get("stage", "given"))
     record = {
         "candidate": Stage.PARTIAL_TRANSFER if stage == Stage.EMBED_TUNING else stage,
-        "given": True,
+        "sequence": sequence,
+        "given": sequence == GIVEN,
         "selection": ticket.selection,
         "alpha": ticket.alpha if by_alpha else None,
         "method": ticket.method,
         "critical_count": count,
         "tokens_of_other_count": int((ticket.count_V != shift.count_V).sum()),
     }
-    return Candidate(record, max(count or 0, outside + 1), in_ticket_V, predict_texts(run, "the ticket given"), ticket)
+    label = f"{sequence}, {len(ticket):,} rows"
+    return Candidate(record, max(count or 0, outside + 1), in_ticket_V, predict_texts(run, label), ticket)
 
 
 def predict_reference(run: RunContext, reference: ModelFolder) -> dict[str, Predictions]:

@@ -56,12 +56,14 @@ class Predictions:
     first_N, second_N : float32 (N,); p_A and p_B
     top_N : int64 (N,); the token of p_A. Of tied tokens either may be it
     length_S : int64 (S,); predicted tokens of each sentence, at least one; their sum is N
+    chrf_S : float64 (S,), sentence chrF++ of the model's own translations; None where nothing was generated
     """
 
     first_N: Tensor
     second_N: Tensor
     top_N: Tensor
     length_S: Tensor
+    chrf_S: Tensor | None = None
 
 
 @dataclass(frozen=True)

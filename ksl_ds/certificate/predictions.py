@@ -1,7 +1,8 @@
 """What a model predicts at every position of a text when the reference translation is its prefix (teacher forcing).
 
-One forward pass over the text, spread over the ranks; of each position only two probabilities and a token are kept, 16
-bytes, so that two models can be compared one after the other and need never be in memory together.
+Where the certified risk is one of quality, also how good its own translations are. One forward pass over the text, spread
+over the ranks; of each position only two probabilities and a token are kept, 16 bytes, so that two models can be compared
+one after the other and need never be in memory together.
 
 Legend: N predicted tokens, S sentences, V vocabulary.
 """
@@ -9,6 +10,7 @@ Legend: N predicted tokens, S sentences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from ksl_ds import distributed
 from ksl_ds.certificate.criterion import Predictions
 from ksl_ds.text.packing import Packing
 from ksl_ds.text.prompt import Example
+from ksl_ds.text.scores import sentence_chrf
+from ksl_ds.text.translate import translate
 from ksl_ds.training.evaluation import evaluation_model
 from ksl_ds.training.loss import can_keep_logits, response_logits
 from ksl_ds.training.packing import packing_of
@@ -25,14 +29,31 @@ from ksl_ds.training.run import RunContext
 
 
 def predict_texts(run: RunContext, label: str) -> dict[str, Predictions]:
-    """The predictions of the run's model as it stands on each of its texts, in their order, the same on every rank."""
-    with evaluation_model(run) as (module, _):
+    """The predictions of the run's model as it stands on test and calibration text, in order, the same on every rank."""
+    evaluation = run.recipe.evaluation
+    found: dict[str, Predictions] = {}
+    with evaluation_model(run) as (module, partitioned):
         packing = packing_of(run, module)
-        size = run.recipe.evaluation.batch_size
-        return {
-            part: predict(module, run.model, examples, run.pad_id, size, f"{label}, {part} text", packing)
-            for part, examples in run.examples.items()
-        }
+        for part in ("test", "valid"):
+            if part not in run.examples:
+                continue
+            examples = run.examples[part]
+            name = f"{label}, {part} text"
+            found[part] = predict(module, run.model, examples, run.pad_id, evaluation.batch_size, name, packing)
+            if run.recipe.certify.risk == "chrf":
+                translations = translate(
+                    module,
+                    run.tokenizer,
+                    [example.prompt_ids for example in examples],
+                    evaluation,
+                    partitioned=partitioned,
+                    label=f"translating, {name}",
+                    shares_prompt=packing.layout == "prefix",
+                )
+                hypotheses = [translation.text for translation in translations]
+                references = [pair.target for pair in run.corpora[part].pairs]
+                found[part] = replace(found[part], chrf_S=torch.tensor(sentence_chrf(hypotheses, references)))
+    return found
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
-from ksl_ds.config.methods import label_of
+from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.plots import INK, PALETTE, style
 from ksl_ds.report.tables import DASH, Column, Table, count, decimals, probability, visible
@@ -41,7 +41,7 @@ SHOWN = 10  # counterexamples of a candidate in the report; counterexamples.json
 
 
 def candidate_name(row: Mapping[str, Any]) -> str:
-    """Such as "partial transfer, alpha 0.5"; for the ticket that was given, "ticket (partial tuning), alpha 0.5"."""
+    """Such as "partial tuning, alpha 0.5"; for the ticket that was given, "ticket (partial tuning), alpha 0.5"."""
     name = label_of(row["candidate"])
     drawn = f"alpha {row['alpha']:g}" if row["selection"] == "alpha" else row["selection"]
     return f"ticket ({name}), {drawn}" if row["given"] else f"{name}, {drawn}"
@@ -131,9 +131,9 @@ def certificate_reading(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def certificate_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share certified and agreement against alpha; a ticket that was given (and drawn by alpha) as diamonds."""
-    grid = [row for row in rows if not row["given"]]
-    given = [row for row in rows if row["given"] and row["selection"] == "alpha"]
+    """Share certified and agreement against alpha; tickets with rows of their own (drawn by alpha) as diamonds."""
+    grid = [row for row in rows if row["candidate"] == Stage.PARTIAL_TRANSFER and not row["given"]]
+    given = [row for row in rows if row not in grid and row["selection"] == "alpha"]
     panels = [
         (
             "share of tokens certified",
@@ -165,7 +165,7 @@ def certificate_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
                         axes.vlines(at, low, high, color=color, linewidth=1)
             axes.set(title=title, xlabel="alpha", xlim=(0, 1), ylim=(-0.03, 1.03))
         if given:
-            axes.plot([], [], "D", color=INK, markersize=4, label="the ticket given")
+            axes.plot([], [], "D", color=INK, markersize=4, label="tickets with rows of their own")
         curves.legend(loc="outside upper left", ncols=3)
     return curves
 
@@ -217,6 +217,9 @@ def counterexamples_html(found: Sequence[Mapping[str, Any]]) -> Markup:
 RISKS = {
     "tokens": "the share of a sentence's tokens on which its top token differs from the embed-tuned model's",
     "sentence": "the share of sentences with a token on which its top token differs from the embed-tuned model's",
+    "lost_tokens": "the share of a sentence's tokens that the embed-tuned model predicts as the reference translation has "
+    "them, and whose top token differs in this model",
+    "chrf": "how far the chrF++ of a sentence's translation falls below that of the embed-tuned model's, over 100,",
 }
 ASSUMED = (
     "Valid for any model and any number of tickets (Learn then Test), if the sentences of text.valid are independent draws "
@@ -259,7 +262,7 @@ def risk_sentence(risk: Mapping[str, Any]) -> str:
     """The smallest certified ticket, or what none needs, in one sentence."""
     found = risk["smallest"]
     if found is not None:
-        what = RISKS[risk["risk"]].replace("its top token", "the top token")
+        what = RISKS[risk["risk"]].replace("its top token", "the top token").replace(" in this model", "")
         return (
             f"With {risk['confidence']:.0%} confidence, for the model with the ticket of {found['rows']:,} rows "
             f"({found['name']}), {what} is at most {risk['epsilon']:g} in the mean: it is {found['risk']:.4f} on "
@@ -269,11 +272,12 @@ def risk_sentence(risk: Mapping[str, Any]) -> str:
     parts = []
     for sequence in risk["sequences"]:
         first = sequence["tickets"][0]
-        part = f"{first['name']} ({first['rows']:,} rows) has a measured risk of {first['risk']:.4f}"
-        if sequence["needed"] is None:
-            parts.append(f"{part}, and no number of sentences with that risk would do")
-        else:
-            parts.append(f"{part}, and about {sequence['needed']:,} sentences with that risk would do")
+        part = (
+            f"{first['name']} ({first['rows']:,} rows) has a measured risk of {first['risk']:.4f}, and an epsilon of "
+            f"{first['upper_bound']:.4f} would do"
+        )
+        more = "" if sequence["needed"] is None else f", or about {sequence['needed']:,} sentences with that risk"
+        parts.append(part + more)
     return (
         f"No ticket is certified at epsilon {risk['epsilon']:g} with {risk['confidence']:.0%} confidence from "
         f"{risk['sentences']:,} calibration sentences: {'; '.join(parts)}."

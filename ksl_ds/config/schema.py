@@ -53,11 +53,12 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-def _one_of(names: Iterable[str]) -> AfterValidator:
+def _one_of(names: Iterable[str], *more: str) -> AfterValidator:
     def check(value: str) -> str:
-        if value not in names:
-            near = difflib.get_close_matches(value, names, n=1)
-            raise ValueError(f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}")
+        known = [*names, *more]
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            raise ValueError(f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}")
         return value
 
     return AfterValidator(check)
@@ -66,6 +67,7 @@ def _one_of(names: Iterable[str]) -> AfterValidator:
 Prose = Annotated[str, AfterValidator(_utf8)]
 Line = Annotated[Prose, AfterValidator(_one_line)]
 Selection = Annotated[Line, _one_of(RULES)]
+CERTIFIED = "certified"  # a selection that takes more than the KS test
 TunedMethod = Annotated[Line, _one_of(TUNED)]
 ComparedMethod = Annotated[Line, _one_of(METHODS)]
 CONTROLS = [rule.name for rule in RULES.values() if rule.is_control]
@@ -231,7 +233,11 @@ class EarlyStopping:
 class Draw:
     """The KS test and the selection rule."""
 
-    selection: Selection = key("alpha", f"how rows are chosen: {_rules_help()}")
+    selection: Annotated[Line, _one_of(RULES, CERTIFIED)] = key(
+        "alpha",
+        f"how rows are chosen: {_rules_help()}, {CERTIFIED} (lottery only: the smallest of certify.alphas' tickets with a "
+        "guarantee on text.valid)",
+    )
     alpha: Alpha = key(0.05, "significance level of one token's test; a larger alpha gives a larger ticket")
     method: Literal["exact", "asymp"] = key(
         "exact", "p-value: exact, or scipy's asymptotic one (asymp), which replications of the paper use"
@@ -264,10 +270,15 @@ class Certify:
         [0.05, 0.25, 0.5, 0.75, 0.95],
         "levels whose partial transfer is compared with the reference; a ticket adds its own",
     )
-    risk: Literal["tokens", "sentence"] = key(
+    comparison: Line | None = key(
+        None, "folder of a finished `compare`: its partially tuned tickets, with the recipe's seed, are candidates too"
+    )
+    risk: Literal["tokens", "sentence", "lost_tokens", "chrf"] = key(
         "tokens",
         "what is certified, a number for every sentence of text.valid: the share of its tokens on which the top tokens of "
-        "both models differ (tokens), or whether any does (sentence)",
+        "both models differ (tokens), whether any does (sentence), the share that only the reference predicts as the "
+        "reference translation has them (lost_tokens), or how far its translation's chrF++ falls below that of the "
+        "reference's, over 100 (chrf; generates)",
     )
     epsilon: Alpha = key(0.05, "the mean risk that a certified ticket does not exceed")
     confidence: Alpha = key(0.95, "with which probability no certificate of a run is false")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ksl_ds.config.methods import METHODS, TUNING_SECTIONS
-from ksl_ds.config.schema import Compare, Recipe
+from ksl_ds.config.schema import CERTIFIED, Compare, Recipe
 from ksl_ds.errors import UserError
 
 
@@ -17,6 +17,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{name}.betas is {betas}; it takes two numbers")
     if recipe.draw.early_stopping is not None and recipe.draw.every is None:
         raise UserError("draw.early_stopping needs draw.every, the number of steps between two draws")
+    if recipe.draw.selection == CERTIFIED and not (recipe.text.valid and recipe.certify.alphas):
+        raise UserError("draw.selection=certified needs text.valid, the calibration text, and levels in certify.alphas")
     if len(set(recipe.text.directions)) < len(recipe.text.directions):
         raise UserError(f"text.directions is {recipe.text.directions}; it must have none twice")
     seeds = recipe.multilingual.seeds

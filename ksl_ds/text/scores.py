@@ -101,6 +101,17 @@ def score(
     )
 
 
+def sentence_chrf(hypotheses: list[str], references: list[str]) -> list[float]:
+    """chrF++ of each sentence, 0 to 100."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    chrf = CHRF(word_order=2)
+    return [
+        chrf.sentence_score(one_line(hypothesis), [one_line(reference)]).score
+        for hypothesis, reference in zip(hypotheses, references, strict=True)
+    ]
+
+
 def read_translations(folder: Path, name: str) -> list[str]:
     """The lines of a file of `write_translations`, such as "hypotheses". Raises UserError if it cannot be read."""
     return read_text(folder / f"{name}.txt").split("\n")[:-1]

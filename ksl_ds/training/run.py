@@ -19,7 +19,7 @@ from typing import Any
 from ksl_ds import distributed
 from ksl_ds.config.load import differing_keys, load_recipe, save_recipe
 from ksl_ds.config.methods import Stage
-from ksl_ds.config.schema import Recipe
+from ksl_ds.config.schema import CERTIFIED, Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.files import blocks_sha256, write_text
@@ -95,7 +95,12 @@ class RunContext:
 
 @contextmanager
 def open_run(
-    recipe: Recipe, *, trains: bool = True, validates: bool | None = None, method: str | None = None
+    recipe: Recipe,
+    *,
+    trains: bool = True,
+    validates: bool | None = None,
+    method: str | None = None,
+    certifies: bool = False,
 ) -> Iterator[RunContext]:
     """Checks the recipe against machine and inputs, loads text and model, and creates the run folder. Collective.
 
@@ -109,12 +114,16 @@ def open_run(
         Whether validation text is needed, if the recipe names one; as `trains` unless given.
     method
         The training method, as `recipe.method`, if only one trains; it is checked against the architecture.
+    certifies
+        Whether `draw.selection: certified` can be done.
 
     Raises
     ------
     UserError
         On every rank, before anything is written.
     """
+    if trains and recipe.draw.selection == CERTIFIED and not certifies:
+        raise UserError("draw.selection=certified is a rule of lottery alone; choose another one")
     if recipe.num_ranks not in (None, distributed.world_size()):
         raise UserError(
             f"the recipe expects num_ranks={recipe.num_ranks}, but {distributed.world_size()} were started; "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ksl_ds import distributed
 from ksl_ds.config.methods import METHODS, TUNING_SECTIONS, Stage
+from ksl_ds.config.schema import CERTIFIED, Draw, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import reason, write_text
 from ksl_ds.lottery.shift import load_shift, save_shift
@@ -41,6 +43,14 @@ logger = logging.getLogger(__name__)
 
 SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
 DRAW_FILE = "draw.safetensors"
+CERTIFIED_TICKET = "certified_ticket"  # folder of a run
+
+
+def draw_of(recipe: Recipe) -> Draw:
+    """What embed tuning draws; for the rule `certified` the largest candidate."""
+    if recipe.draw.selection != CERTIFIED:
+        return recipe.draw
+    return replace(recipe.draw, selection="alpha", alpha=max(recipe.certify.alphas))
 
 
 def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple[Shift, Ticket]:
@@ -63,7 +73,7 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
         shift, ticket = draw_from_shard(
             shard,
             before_RD,
-            recipe.draw,
+            draw_of(recipe),
             seed=recipe.seed,
             frequency_V=frequency_V,
             tokens=token_strings(run.tokenizer, range(shard.num_rows)),
@@ -82,7 +92,7 @@ def tune_embedding(run: RunContext, shard: RowShard, before_RD: Tensor) -> tuple
         stage=Stage.EMBED_TUNING,
         tuning=recipe.embed_tuning,
         at_end=at_end,
-        monitor=DrawMonitor(shard, before_RD, recipe.draw, seed=recipe.seed, frequency_V=frequency_V),
+        monitor=DrawMonitor(shard, before_RD, draw_of(recipe), seed=recipe.seed, frequency_V=frequency_V),
     )
     if outcome.settled:
         logger.info(
@@ -241,12 +251,13 @@ def run_stage(run: RunContext, stage: Stage, shard: RowShard, ticket: Ticket | N
 def load_draw(run: RunContext, shard: RowShard) -> tuple[Shift, Ticket]:
     """What an embed tuning that is done has left: the test of all tokens, and the ticket drawn from it."""
     recipe = run.recipe
+    draw = draw_of(recipe)
     checkpoints = run.dir / "checkpoints"
     with distributed.raise_on_all_ranks():
         shift = load_shift(checkpoints / DRAW_FILE)
         if (len(shift.count_V), shift.num_samples) != (shard.num_rows, shard.row_length):
             raise UserError(f"{checkpoints / DRAW_FILE} is of another model; choose another run_dir")
-        ids_K = ids_of_draw(shift, recipe.draw, seed=recipe.seed, frequency_V=token_frequency(run))
+        ids_K = ids_of_draw(shift, draw, seed=recipe.seed, frequency_V=token_frequency(run))
     if len(ids_K):
         ticket = load_ticket(run, shard, str(checkpoints / Stage.PARTIAL_TRANSFER))
         if ticket.token_ids != ids_K.tolist():
@@ -256,7 +267,6 @@ def load_draw(run: RunContext, shard: RowShard) -> tuple[Shift, Ticket]:
             )
         return shift, ticket
     empty_KD = torch.empty(0, shard.row_length)
-    draw = recipe.draw
     return shift, make_ticket(
         shift, ids_K, empty_KD, empty_KD, selection=draw.selection, alpha=draw.alpha, method=draw.method
     )

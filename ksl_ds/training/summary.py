@@ -53,7 +53,9 @@ def scan_result(run: RunContext) -> None:
     run.save_results()
 
 
-def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor) -> None:
+def summarise(
+    run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor, sections: Sequence[Section] = ()
+) -> None:
     """Ends a lottery run: prints the tables, writes results.json and report.html.
 
     Parameters
@@ -66,6 +68,8 @@ def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor)
         The ticket drawn from it, with the rows of embed tuning.
     frequency_V
         int64 (V,): how often each token occurs in the training text.
+    sections
+        Further parts of the report.
     """
     rows = ticket_rows(
         drawn.token_ids,
@@ -98,6 +102,7 @@ def summarise(run: RunContext, shift: Shift, drawn: Ticket, frequency_V: Tensor)
             figures=_figures(run, shift, drawn, frequency_V),
             samples=_samples(run),
             notes=_steps_saved(run),
+            sections=sections,
         )
     )
     for name, what in {

@@ -40,8 +40,23 @@ RUNS = {
         "reference=permuted",
         "ticket=tuned",
         "text.valid=valid.jsonl",
-        "certify.epsilon=.6",
+        "certify.epsilon=.9",
         "certify.alphas=[.5, .95]",
+    ],
+    "lost": ["reference=permuted", "text.valid=echo.jsonl", "certify.risk=lost_tokens", "certify.alphas=[.5]"],
+    "chrf": [
+        "reference=permuted",
+        "text.valid=echo.jsonl",
+        "certify.risk=chrf",
+        "certify.epsilon=.99",
+        "certify.alphas=[.5]",
+        "evaluation.max_new_tokens=8",
+    ],
+    "compared": [
+        "reference=permuted",
+        "text.valid=valid.jsonl",
+        "certify.comparison=comparison",
+        "certify.alphas=[.5]",
     ],
     "sentence": ["reference=moved", "text.valid=valid.jsonl", "certify.risk=sentence", "certify.epsilon=.2"],
     "few": ["reference=permuted", "ticket=top", "certify.alphas=[]", "text.max_test_pairs=5"],
@@ -64,6 +79,7 @@ MISTAKES = {
     ("reference=tied_moved", "model.path=tied", "model.embedding_scope=shared", "ticket=of_tied"): ["scope=input"],
     ("reference=moved", "text.train=test.jsonl"): ["text.train", "trained on"],
     ("reference=moved", "text.valid=test.jsonl"): ["text.valid", "text.train or text.test"],
+    ("reference=moved", "certify.comparison=base"): ["certify.comparison=base", "seed 0", "runs/partial_tuning_alpha_"],
     ("reference=moved", "certify.epsilon=0"): ["certify.epsilon", "greater than 0"],
 }
 for number, (overrides, words) in enumerate(MISTAKES.items()):

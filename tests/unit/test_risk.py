@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import doctest
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -257,7 +257,8 @@ def test_the_risk_table_and_its_sentence_name_the_smallest_certified_ticket():
     assert "independent draws" in " ".join(table.notes)
     assert "ticket of 50 rows" in risk_sentence(record(0.05)) and "0.0200 on 99 held-out" in risk_sentence(record(0.05))
     assert "about 368 sentences" in risk_sentence(record(0.01, [(100, 0.0)]))
-    assert "no number of sentences" in risk_sentence(record(0.05, [(100, 0.3)]))
+    assert "an epsilon of" in risk_sentence(record(0.05, [(100, 0.3)]))
+    assert "sentences with that risk" not in risk_sentence(record(0.05, [(100, 0.3)]))
 
 
 def test_the_risk_curve_marks_the_certified_ticket():
@@ -272,11 +273,21 @@ def test_the_risk_curve_marks_the_certified_ticket():
 def test_losses_of_sentences_are_those_counted_by_hand(n):
     noise = torch.Generator().manual_seed(n)
     length_S = torch.randint(1, 9, (n,), generator=noise)
-    tops = [torch.randint(0, 2, (int(length_S.sum()),), generator=noise) for _ in range(2)]
+    gold_N, *tops = (torch.randint(0, 2, (int(length_S.sum()),), generator=noise) for _ in range(3))
     one, other = (Predictions(torch.empty(0), torch.empty(0), top_N, length_S) for top_N in tops)
     by_hand = [
         (left != right).double().mean().item()
         for left, right in zip(*(t.split(length_S.tolist()) for t in tops), strict=True)
     ]
-    assert sentence_losses("tokens", one, other).tolist() == pytest.approx(by_hand)
-    assert sentence_losses("sentence", one, other).tolist() == [float(share > 0) for share in by_hand]
+    assert sentence_losses("tokens", one, other, gold_N).tolist() == pytest.approx(by_hand)
+    assert sentence_losses("sentence", one, other, gold_N).tolist() == [float(share > 0) for share in by_hand]
+    lost = [
+        ((left == gold) & (right != gold)).double().mean().item()
+        for gold, left, right in zip(*(t.split(length_S.tolist()) for t in (gold_N, *tops)), strict=True)
+    ]
+    assert sentence_losses("lost_tokens", one, other, gold_N).tolist() == pytest.approx(lost)
+    one, other = (replace(side, chrf_S=torch.rand(n, generator=noise).double() * 100) for side in (one, other))
+    worse = [
+        max(0.0, (left - right) / 100) for left, right in zip(one.chrf_S.tolist(), other.chrf_S.tolist(), strict=True)
+    ]
+    assert sentence_losses("chrf", one, other, gold_N).tolist() == pytest.approx(worse)
