@@ -267,7 +267,7 @@ class Certify:
     """The certificate."""
 
     alphas: list[Alpha] = key(
-        [0.05, 0.25, 0.5, 0.75, 0.95],
+        [0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999],
         "levels whose partial transfer is compared with the reference; a ticket adds its own",
     )
     comparison: Line | None = key(

@@ -166,7 +166,7 @@ def test_a_candidate_that_is_the_reference_agrees_throughout(job):
     """Rows outside the ticket are the reference's too: the same model, so every token agrees, to the bit."""
     found = results(job / "run_same")["certificate"]
     assert found["sentences_left_out_as_trained"] == 1 and found["num_samples"] == 32
-    assert [row["alpha"] for row in found["candidates"]] == [0.05, 0.25, 0.5, 0.75, 0.95]
+    assert [row["alpha"] for row in found["candidates"]] == [0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999]
     for row in found["candidates"]:
         assert row["ticket_rows"] == len(MOVED)
         assert row["tau"] == critical_count(32, row["alpha"]) / 32

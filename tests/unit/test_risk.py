@@ -132,6 +132,17 @@ def test_betting_is_as_near_to_the_best_bet_as_an_average_can_be(mean):
     assert (p_R <= best_p_R * risk.NUM_BETS * 1.1).all()
 
 
+@pytest.mark.parametrize(
+    ("n", "epsilon", "capital"),
+    [(40, 0.2, 14.145962677349909), (150, 0.15, 16.729501163672115), (400, 0.14, 63.83822140452384)],
+)
+def test_betting_against_the_implementation_of_its_authors(n, epsilon, capital):
+    """Capital of confseq 0.0.11: diversified_betting_mart(1 - loss, 1 - epsilon), 50 fixed bets of equal weight, theta=1."""
+    number_N = np.arange(1, n + 1)
+    loss_N = (number_N**2 * 7919 % 101 / 101) ** 3 / 2
+    assert betting_pvalue(loss_N, epsilon) == pytest.approx(1 / capital, rel=1e-12)
+
+
 def test_wilks_tables_of_failures_and_trials():
     """Published for 95 % / 95 %: 59, 93, 124, 153, 181 trials with 0 to 4 failures; one trial fewer is not enough."""
     for failures, n in enumerate([59, 93, 124, 153, 181]):
