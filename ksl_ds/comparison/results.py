@@ -167,6 +167,7 @@ def _write_report(recipe: Recipe, home: Path, results: ComparisonResults) -> Non
     with Tracker(home, recipe) as tracker:
         for caption, content in figures.items():
             tracker.figure(caption, content)
+        tracker.summary(results.baselines | ordered)
     words = report.readings(results)
     if len(results.environments_of_runs) > 1:
         words.append("The runs were made on different software or hardware; the results.json of each says on which.")

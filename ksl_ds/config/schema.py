@@ -40,6 +40,12 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _wandb_tag(text: str) -> str:
+    if not 1 <= len(text) <= 64:
+        raise ValueError("wandb takes tags of 1 to 64 characters")
+    return text
+
+
 # Numbers are finite, and small enough that no library overflows.
 Count = Annotated[int, Field(gt=0, le=10**9)]
 Length = Annotated[int, Field(ge=2, le=10**9)]  # in tokens, of a pair: one of the prompt and one of the translation
@@ -66,6 +72,7 @@ def _one_of(names: Iterable[str], *more: str) -> AfterValidator:
 
 Prose = Annotated[str, AfterValidator(_utf8)]
 Line = Annotated[Prose, AfterValidator(_one_line)]
+Tag = Annotated[Line, AfterValidator(_wandb_tag)]
 Selection = Annotated[Line, _one_of(RULES)]
 CERTIFIED = "certified"  # a selection that takes more than the KS test
 TunedMethod = Annotated[Line, _one_of(TUNED)]
@@ -294,6 +301,7 @@ class Tracking:
     project: Line = key("ksl_ds", "wandb project")
     entity: Line | None = key(None, "wandb user or team")
     name: Line | None = key(None, "wandb run name; empty: the run folder's name")
+    tags: list[Tag] = key([], "tags of the wandb run")
 
 
 @dataclass(config=STRICT)

@@ -2,9 +2,9 @@
 
 Choices and what they cost:
 - Only rank 0 writes, and nothing here is a collective: whatever wandb or the disk does, no rank waits for another.
-- wandb never stops or delays a run. Its calls run in threads with a timeout, and after the first failure it is switched off
-  with one line; metrics.jsonl has all numbers in any case. `auto` goes online only if an API key is configured and the
-  server responds, so a machine without network starts at once.
+- wandb never stops or delays a run. Its calls that may wait for a server run in threads with a timeout, and after the first
+  failure it is switched off with one line; metrics.jsonl has all numbers in any case. `auto` goes online only if an API key
+  is configured and the server responds, so a machine without network starts at once.
 - A run folder is one run of wandb, whose id it keeps in `wandb/run_id`: a resumed run continues it.
 - wandb captures neither the console nor the repository (a remote's address can carry a token); the price is that its
   pages show neither. Its scratch folders lie in the run folder, so deleting that folder leaves nothing behind.
@@ -22,7 +22,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,11 +32,18 @@ from ksl_ds import distributed
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.files import clean, write_text
-from ksl_ds.report.records import read_metrics
+from ksl_ds.report.records import Scores, read_metrics
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+TOKEN_COLUMNS = {
+    "id": "token_id",
+    "token": "token",
+    "k": "count",
+    "D": "statistic",
+    "p": "pvalue",
+}  # keys of a ticket's rows
 PROBE_SECONDS = 5.0  # for the server to answer at all
 START_SECONDS = 60.0  # for wandb to begin a run
 FINISH_SECONDS = 120.0  # for the last uploads; what is missing stays on disk, `wandb sync` sends it
@@ -100,6 +107,44 @@ class Tracker:
             from ksl_ds.report.plots import png
 
             self._wandb.log({name: wandb.Image(Image.open(io.BytesIO(png(figure))))})
+
+    def ticket(self, folder: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> None:
+        """A ticket, to wandb: its folder as an artifact, its tokens as a table.
+
+        Parameters
+        ----------
+        folder
+            The ticket's folder.
+        rows
+            Its tokens, as `report.tables.rows_of_ticket` returns them.
+        metadata
+            Of the artifact; the names of the folder's files are added.
+        """
+        if self._wandb is None:
+            return
+        run = self._wandb
+
+        def send() -> None:
+            import wandb
+
+            files = sorted(path.name for path in folder.iterdir())
+            artifact = wandb.Artifact(f"ticket-{run.id}", "ticket", metadata={**metadata, "files": files})
+            artifact.add_dir(str(folder))
+            run.log_artifact(artifact)
+            cells = [[row[key] for key in TOKEN_COLUMNS.values()] for row in rows]
+            run.log({"ticket": wandb.Table(list(TOKEN_COLUMNS), cells)})
+
+        with self._wandb_may_fail():
+            within(START_SECONDS, send)  # online, wandb asks its server whether the artifact's name is free
+
+    def summary(self, stages: Mapping[str, Scores]) -> None:
+        """The scores of every stage, to the summary of the wandb run, as `stage/score`."""
+        if self._wandb is None:
+            return
+        with self._wandb_may_fail():
+            self._wandb.summary.update(
+                {f"{stage}/{name}": value for stage, of in stages.items() for name, value in of.numbers().items()}
+            )
 
     def finish(self) -> None:
         """Ends tracking; waits a limited time for wandb. Calling it twice does no harm."""
@@ -223,6 +268,7 @@ def _init_wandb(run_dir: Path, recipe: Recipe, mode: Literal["online", "offline"
         project=recipe.tracking.project,
         entity=recipe.tracking.entity,
         name=recipe.tracking.name or run_dir.name,
+        tags=recipe.tracking.tags or None,  # on resume, wandb keeps the tags it has unless it gets others
         id=run_id,
         resume="allow",
         config=clean(recipe),

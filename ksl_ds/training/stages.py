@@ -31,6 +31,7 @@ from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.report.card import licence_of, ticket_card
+from ksl_ds.report.tables import rows_of_ticket
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
 from ksl_ds.sharding.partition import full_numel, gathered
 from ksl_ds.sharding.rows import RowShard
@@ -154,6 +155,14 @@ def tune_ticket(run: RunContext, shard: RowShard, ticket: Ticket) -> None:
     )
     card = card_of(run, tuned, Stage.PARTIAL_TUNING)
     distributed.run_on_rank0(lambda: write_text(run.dir / "ticket" / CARD, card))
+    metadata = {
+        "base": run.recipe.model.path,
+        "direction": _translates(run),
+        "selection": tuned.selection,
+        "alpha": tuned.alpha,
+        "rows": len(tuned),
+    }
+    run.tracker.ticket(run.dir / "ticket", rows_of_ticket(tuned), metadata)
 
 
 def tune_all(run: RunContext) -> None:
@@ -372,20 +381,24 @@ def _make_way(out: Path) -> None:
 
 def card_of(run: RunContext, ticket: Ticket, stage: Stage | None = None) -> str:
     """The model card of a ticket, with the scores of `stage` beside untuned and copying."""
-    text = run.recipe.text
-    directions = directions_of(text)
     shown = (Stage.COPYING_SOURCE, Stage.UNTUNED, stage)
     stages = {name: scores for name, scores in {**run.results.baselines, **run.stages}.items() if name in shown}
     return ticket_card(
         ticket,
         base_model=run.recipe.model.path,
         licence=licence_of(run.folder.path),
-        translates=", ".join(f"{one.text.source_language} to {one.text.target_language}" for one in directions),
-        languages=list(dict.fromkeys(code for one in directions for code in one.codes)),
+        translates=_translates(run),
+        languages=list(dict.fromkeys(code for one in directions_of(run.recipe.text) for code in one.codes)),
         stages=stages,
         seed=run.recipe.seed,
         environment=run.results.environment,
     )
+
+
+def _translates(run: RunContext) -> str:
+    """Such as "English to French"."""
+    directions = directions_of(run.recipe.text)
+    return ", ".join(f"{one.text.source_language} to {one.text.target_language}" for one in directions)
 
 
 def save_ticket(run: RunContext, ticket: Ticket, out: Path) -> None:

@@ -36,6 +36,7 @@ def show_stages(run: RunContext) -> None:
     run.save_results()
     if distributed.is_rank0():
         stages = run.results.baselines | run.stages
+        run.tracker.summary(stages)
         print_table(stage_table(stages))
         if run.recipe.text.directions:
             print_table(direction_table(stages))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 from deepspeed.accelerator import get_accelerator
 from helpers.processes import REPOSITORY, launch, succeeds
 from helpers.tiny import make_model_folder, write_pairs
+from helpers.wandb_records import records, summary_of
 
 from ksl_ds.commands import check
 from ksl_ds.config.load import load_recipe, save_recipe
@@ -197,6 +199,17 @@ def test_the_papers_recipe_runs_on_a_tiny_model(job):
     results = json.loads((job / "paper" / "results.json").read_text())
     assert set(results["stages"]) == {"untuned", "embed_tuning", "partial_transfer", "partial_tuning"}
     assert results["draw"]["method"] == "asymp" and results["draw"]["rows"] > 0
+    # wandb's file has the ticket and the final scores of every stage.
+    (path,) = (job / "paper" / "wandb").glob("offline-run-*/*.wandb")
+    found = list(records(path))
+    summary = summary_of(found)
+    for stage, scores in (results["baselines"] | results["stages"]).items():
+        assert summary[f"{stage}/bleu"] == scores["bleu"] and summary[f"{stage}/chrf"] == scores["chrf"]
+    (ticket,) = [record.artifact for record in found if record.artifact.type == "ticket"]
+    metadata = json.loads(ticket.metadata)
+    assert metadata["base"] == "model" and metadata["direction"] == "English to Catalan"
+    assert metadata["rows"] == results["draw"]["rows"] and metadata["alpha"] == 0.5
+    assert sorted(metadata["files"]) == sorted(os.listdir(job / "paper" / "ticket"))
     # Tokens that the environment holds are nowhere: not on the screen at its most talkative, not in any file of the run.
     files = [path for path in (job / "paper").rglob("*") if path.is_file()]
     assert any("wandb" in str(path) for path in files)

@@ -94,6 +94,7 @@ def test_a_bare_off_is_the_word(tmp_path):
         (["training.batch_size=many"], ["training.batch_size", "many"]),
         (["draw.selection=best"], ["draw.selection", "best", "top_k"]),
         (["draw.alpha=0"], ["draw.alpha", "0"]),
+        (["tracking.tags=[" + "a" * 65 + "]"], ["tracking.tags", "1 to 64 characters"]),
         (["draw.alpha=1.5"], ["draw.alpha", "1.5"]),
         (["embed_tuning.learning_rate=-1"], ["embed_tuning.learning_rate", "-1"]),
         (["partial_tuning.warmup_ratio=1"], ["partial_tuning.warmup_ratio"]),

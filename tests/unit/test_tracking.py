@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -19,15 +18,19 @@ import pytest
 import torch
 import wandb
 from helpers.processes import ENVIRONMENT
+from helpers.tickets import random_matrix, shifted
+from helpers.wandb_records import records, summary_of
 from matplotlib.figure import Figure
-from wandb.proto import wandb_internal_pb2
 
 from ksl_ds import distributed
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.files import write_json
+from ksl_ds.lottery.ticket import draw_ticket
 from ksl_ds.report import tracking
+from ksl_ds.report.records import Scores
+from ksl_ds.report.tables import rows_of_ticket
 from ksl_ds.report.tracking import Tracker, write_text
 
 pytestmark = pytest.mark.usefixtures("messages")
@@ -112,6 +115,8 @@ def test_other_ranks_do_nothing(run_dir, monkeypatch, capsys):
     with Tracker(run_dir, recipe(run_dir, "offline")) as tracker:
         tracker.log("embed_tuning", 1, loss=1.0)
         tracker.figure("curve", Figure())
+        tracker.ticket(run_dir / "ticket", [], {})
+        tracker.summary({})
     assert list(run_dir.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -172,22 +177,6 @@ def test_offline_tracking_lies_in_the_run_folder_alone_and_holds_no_secret(tmp_p
     assert not any(KEY.encode() in content or b"git.example" in content for content in written)
 
 
-def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """What a .wandb file holds: a header of 7 bytes, then records in blocks of 32 KiB, in LevelDB's log format."""
-    content, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
-        record += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
 @pytest.mark.parametrize("kept", [None, "no/id", "\udcff"])
 def test_a_resumed_run_continues_the_same_wandb_run(run_dir, kept):
     for step in (1, 2):
@@ -211,6 +200,39 @@ def test_a_resumed_run_continues_the_same_wandb_run(run_dir, kept):
     assert starts[0] == starts[1] and starts[0][1] is True  # `wandb sync` appends to the run of that id
     assert len({number for number, _ in starts}) == (1 if kept is None else 2)
     assert (run_dir / "wandb" / "run_id").read_text() == starts[-1][0] + "\n"
+
+
+def test_wandb_gets_the_ticket_its_tokens_the_final_scores_and_tags(run_dir):
+    before_VD = random_matrix()
+    ticket = draw_ticket(before_VD, shifted(before_VD), tokens=[f"t{number}" for number in range(len(before_VD))])
+    ticket.save(run_dir / "ticket", "model.embed_tokens", base_model="a/model", card="# A card")
+    stages = {
+        "copying_source": Scores(trained_parameters=0, test_loss=None, bleu=2.5, chrf=18.0, first_line_bleu=2.5),
+        "partial_tuning": Scores(trained_parameters=128, test_loss=1.5, bleu=9.5, chrf=30.0, first_line_bleu=9.5),
+    }
+    tagged = recipe(run_dir, "offline")
+    tagged.tracking.tags = ["first", "en-fr"]
+    with Tracker(run_dir, tagged) as tracker:
+        tracker.ticket(run_dir / "ticket", rows_of_ticket(ticket), {"base": "a/model", "rows": len(ticket)})
+        tracker.summary(stages)
+    wandb.teardown()  # its service writes the last lines
+    (path,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    found = list(records(path))
+    (started,) = [record.run for record in found if record.HasField("run")]
+    assert list(started.tags) == ["first", "en-fr"]
+    (sent,) = [record.artifact for record in found if record.artifact.type == "ticket"]
+    assert sent.name == f"ticket-{started.run_id}"
+    files = sorted(path.name for path in (run_dir / "ticket").iterdir())
+    assert json.loads(sent.metadata) == {"base": "a/model", "rows": 4, "files": files}
+    assert sorted(entry.path for entry in sent.manifest.contents) == files and len(files) == 5
+    (table,) = path.parent.glob("files/media/table/ticket_*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["id", "token", "k", "D", "p"]
+    columns = (ticket.token_ids, ticket.tokens, ticket.count, ticket.statistic, ticket.pvalue)
+    assert content["data"] == [list(row) for row in zip(*columns, strict=True)]
+    summary = summary_of(found)
+    assert (summary["copying_source/bleu"], summary["partial_tuning/test_loss"]) == (2.5, 1.5)
+    assert "copying_source/test_loss" not in summary
 
 
 @pytest.mark.parametrize(("mode", "variable"), [("off", "online"), ("auto", "disabled")])
