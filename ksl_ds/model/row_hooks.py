@@ -1,5 +1,7 @@
 """Trains a few rows of an embedding and keeps all others bit-identical, whatever the optimizer does (mode `hooks`).
 
+The same rows of an output head of its own, and of its bias, on demand: new tokens need both.
+
 A hook on the weight's gradient keeps the chosen rows only, before any reduction, clipping or optimizer sees the others. That
 is not enough: weight decay and momentum of an earlier phase move rows whose gradient is zero. So the other rows are put
 back after every optimizer step, on the part of the fp32 master weights that this rank steps; no rank sends anything. So
@@ -17,6 +19,7 @@ Legend: V tokens, D coordinates, K chosen rows; `flat` tensors are parts of a fl
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,7 +32,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import TensorWeakRef
 
-from ksl_ds.model.embeddings import embedding_of, is_in_adapter_model, unwrapped, weight_of
+from ksl_ds.model.embeddings import (
+    EMBEDDING,
+    HEAD,
+    HEAD_BIAS,
+    Part,
+    embedding_of,
+    head_of,
+    is_in_adapter_model,
+    unwrapped,
+    weight_of,
+)
 from ksl_ds.model.optimizers import (
     Stepped,
     adds_decay_to_gradient,
@@ -66,8 +79,10 @@ class OpenStep:
 class TrainedRows:
     """What `train_only_rows` returns; `remove()` undoes it."""
 
-    def __init__(self, weight: nn.Parameter, ids: Tensor, base_KD: Tensor | None):
+    def __init__(self, weight: nn.Parameter, ids: Tensor, base_KD: Tensor | None, part: Part = EMBEDDING):
         self.ids = ids  # (K,) int64, ascending
+        self.of_head: list[TrainedRows] = []  # the same rows of an output head, where they train too
+        self._part = part
         self._base_KD = base_KD
         # The weight's hook holds this object, and nothing here holds the weight.
         self._reference = TensorWeakRef(weight)
@@ -97,19 +112,22 @@ class TrainedRows:
 
     def remove(self) -> None:
         """Removes the restriction. Rows and optimizer states are unchanged."""
+        for rows in self.of_head:
+            rows.remove()
         self._finalizer()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainedRows:
         weight = self._reference()
         if weight is None:
             return self
-        copied = TrainedRows(copy.deepcopy(weight, memo), self.ids, self._base_KD)
+        copied = TrainedRows(copy.deepcopy(weight, memo), self.ids, self._base_KD, self._part)
         copied._watched.update(memo[id(module)] for module in self._watched if id(module) in memo)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         weight = self._reference()
-        return TrainedRows, (nn.Parameter(torch.empty(0)) if weight is None else weight, self.ids, self._base_KD)
+        weight = nn.Parameter(torch.empty(0)) if weight is None else weight
+        return TrainedRows, (weight, self.ids, self._base_KD, self._part)
 
     def _keep_chosen_rows(self, gradient_VD: Tensor) -> Tensor:
         self._has_gradient = True
@@ -184,7 +202,8 @@ class TrainedRows:
         self._has_optimizer = held_by_any_optimizer(weight)
         if not self._has_optimizer:
             raise RuntimeError(
-                f"train_only_rows: no optimizer holds the embedding's weight or its fp32 master, so its rows cannot be "
+                f"train_only_rows: no optimizer holds the {self._part.what}'s {self._part.name} or its fp32 master, so its "
+                f"rows cannot be "
                 f"restricted ({type(optimizer).__name__} steps now); give the optimizer the model's own parameters, "
                 "or call remove()"
             )
@@ -194,24 +213,25 @@ class TrainedRows:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._finalizer.alive:
             return
         for watched in {module, *self._watched}:
-            if not _is_restricted(embedding_of(watched)):
+            if not _is_restricted(self._part.find(watched), self._part):
                 raise RuntimeError(
-                    "train_only_rows: the embedding or its weight was replaced (assigned, parametrized or wrapped), so its "
-                    "rows are no longer restricted; call remove() and then train_only_rows again"
+                    f"train_only_rows: the {self._part.what} or its {self._part.name} was replaced (assigned, parametrized or "
+                    "wrapped), so its rows are no longer restricted; call remove() and then train_only_rows again"
                 )
         # Not by [...]: in a forward pass ZeRO-3 would gather the weight for that, and keep it gathered for the whole step.
-        weight = embedding_of(module)._parameters.get("weight")
+        weight = self._part.find(module)._parameters.get(self._part.name)
         is_own = weight is not None and weight is self._reference()
         if weight is not None and is_own and module.training and not weight.requires_grad and not self._has_optimizer:
             raise RuntimeError(
-                "train_only_rows: the embedding was frozen afterwards, so none of its rows would train; PEFT does that: "
-                "call train_only_rows after get_peft_model, or call remove()"
+                f"train_only_rows: the {self._part.what} was frozen afterwards, so none of its rows would train; PEFT does "
+                "that: call train_only_rows after get_peft_model, or call remove()"
             )
 
     def _elements_of(self, part: Stepped, weight: nn.Parameter) -> Elements:
         key = (part.start, part.flat.numel(), part.flat.dtype, part.flat.device)
         if self._elements is None or self._elements[0] != key:
-            num_rows, row_length = full_shape(weight)
+            num_rows, *rest = full_shape(weight)
+            row_length = math.prod(rest)  # 1 for a bias
             end = part.start + part.flat.numel()
 
             def within(elements: Tensor) -> Tensor:
@@ -235,7 +255,7 @@ class TrainedRows:
 
 
 def train_only_rows(
-    model_or_embedding: nn.Module, ids: Sequence[int] | Tensor, base: Tensor | None = None
+    model_or_embedding: nn.Module, ids: Sequence[int] | Tensor, base: Tensor | None = None, *, head: bool = False
 ) -> TrainedRows:
     """Restricts the training of an input embedding to some of its rows.
 
@@ -255,6 +275,9 @@ def train_only_rows(
     base : floating Tensor (K, D), optional
         What weight decay pulls the rows towards, in ascending order of ids; their values at the first step by default. A
         training resumed from a checkpoint needs it.
+    head : bool
+        Also train these rows of the model's output head, and of its bias if it has one, with the same guarantees; new
+        tokens need both. Weight decay pulls them towards their values at the first step. Nothing more for a tied head.
 
     Returns
     -------
@@ -264,8 +287,8 @@ def train_only_rows(
     Raises
     ------
     ValueError
-        Without ids, for an id outside the embedding, a `base` of another shape, or a weight that is not
-        supported (FSDP, tensor parallelism, adapters over the embedding).
+        Without ids, for an id outside the embedding or head, a `base` of another shape, a model without an output head, or a
+        weight that is not supported (FSDP, tensor parallelism, adapters over the embedding).
     RuntimeError
         Later: at the first step if no optimizer holds the weight, and in a forward pass if the weight was replaced.
 
@@ -286,15 +309,17 @@ def train_only_rows(
     embedding = embedding_of(model_or_embedding)
     weight = weight_of(model_or_embedding, embedding)
     chosen = torch.unique(torch.as_tensor(ids, dtype=torch.int64, device="cpu"))
-    num_rows = full_shape(weight)[0]
     if chosen.numel() == 0:
         raise ValueError("train_only_rows needs at least one row id")
+    of_head = _weights_of_head(model_or_embedding, weight) if head else {}
+    num_rows = min(full_shape(each)[0] for each in (weight, *of_head.values()))
     if chosen[0] < 0 or chosen[-1] >= num_rows:
         raise ValueError(f"row ids must lie in 0 .. {num_rows - 1}; got {int(chosen[0])} .. {int(chosen[-1])}")
     if base is not None and tuple(base.shape) != (len(chosen), full_shape(weight)[1]):
         raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(len(chosen), full_shape(weight)[1])}")
-    weight.requires_grad_(True)
-    refresh_hidden_master(weight)
+    for each in (weight, *of_head.values()):
+        each.requires_grad_(True)
+        refresh_hidden_master(each)
     if is_in_adapter_model(model_or_embedding, embedding):
         warnings.warn(
             "rows trained by train_only_rows are no part of PEFT's adapter; save the model with "
@@ -303,12 +328,29 @@ def train_only_rows(
         )
     rows = TrainedRows(weight, chosen, base)
     rows.watch(*{embedding, unwrapped(model_or_embedding)})
+    for part, each in of_head.items():
+        restricted = TrainedRows(each, chosen, None, part)
+        restricted.watch(head_of(model_or_embedding), unwrapped(model_or_embedding))
+        rows.of_head.append(restricted)
     return rows
 
 
-def _is_restricted(embedding: nn.Module) -> bool:
-    weight = embedding._parameters.get("weight")
-    owners = [getattr(hook, "__self__", None) for hook in embedding._forward_pre_hooks.values()]
+def _weights_of_head(model: nn.Module, embedding_weight: nn.Parameter) -> dict[Part, nn.Parameter]:
+    """The parameters of a model's output head that have rows of their own. Raises ValueError."""
+    if not hasattr(unwrapped(model), "get_output_embeddings"):
+        raise ValueError(f"head=True needs a model with an output head; {type(unwrapped(model)).__name__} is none")
+    module = head_of(model)
+    found = {}
+    if module._parameters.get("weight") is not embedding_weight:
+        found[HEAD] = weight_of(model, module, HEAD)
+    if module._parameters.get("bias") is not None:
+        found[HEAD_BIAS] = weight_of(model, module, HEAD_BIAS)
+    return found
+
+
+def _is_restricted(module: nn.Module, part: Part) -> bool:
+    weight = module._parameters.get(part.name)
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return any(isinstance(owner, TrainedRows) and owner._reference() is weight for owner in owners)
 
 

@@ -35,16 +35,20 @@ def build(tied: bool, precision: str, stage: int) -> torch.nn.Module:
     return model
 
 
-def train(stage, precision, tied, early, offload, steps=STEPS, whole_model=False):
-    """Rows before and after training with decay, momentum, clipping and accumulation; the norms that were logged."""
+def train(stage, precision, tied, early, offload, steps=STEPS, whole_model=False, head=False):
+    """Rows before and after training with decay, momentum, clipping and accumulation; the norms that were logged.
+
+    Of the input embedding, or of the output head, which then trains beside it.
+    """
     model = build(tied, precision, stage)
     if not whole_model:
         model.requires_grad_(False)
-    weight = model.get_input_embeddings().weight
-    weight.requires_grad_(True)
+    weight = (model.get_output_embeddings() if head else model.get_input_embeddings()).weight
+    for trains in {weight, model.get_input_embeddings().weight}:
+        trains.requires_grad_(True)
     everything = torch.arange(VOCABULARY)
     initial_VD = RowShard(weight).read_rows(everything)
-    handle = train_only_rows(model, CHOSEN) if early else None
+    handle = train_only_rows(model, CHOSEN, head=head) if early else None
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
@@ -59,7 +63,7 @@ def train(stage, precision, tied, early, offload, steps=STEPS, whole_model=False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    handle = handle or train_only_rows(engine, CHOSEN)
+    handle = handle or train_only_rows(engine, CHOSEN, head=head)
     shard = RowShard(weight)
     before_VD = shard.read_rows(everything)
     generator = torch.Generator().manual_seed(distributed.rank())
@@ -96,7 +100,13 @@ for number, (stage, precision, tied) in enumerate(itertools.product((0, 1, 2, 3)
     CASES[f"stage {stage}, {precision}, {'tied' if tied else 'untied'}"] = partial(
         check, stage, precision, tied, number % 2 == 0, offload=False, steps=STEPS if stage == 3 else 10
     )
+for number, (stage, precision) in enumerate(itertools.product((0, 1, 2, 3), ("fp32", "bf16"))):
+    CASES[f"head, stage {stage}, {precision}"] = partial(
+        check, stage, precision, False, number % 2 == 1, offload=False, steps=5, head=True
+    )
 CASES |= {
+    "head, offload, stage 3": partial(check, 3, "bf16", False, False, offload=True, steps=5, head=True),
+    "head, masters apart, fp16": partial(check, 0, "fp16", False, True, offload=False, steps=5, head=True),
     "offload, stage 3": partial(check, 3, "bf16", True, False, offload=True, steps=10),
     "offload, stage 2": partial(check, 2, "fp32", False, True, offload=True, steps=10),
     # Stage 0 in 16 bits, whose masters only DeepSpeed's wrappers know: some keep them apart, some flat.

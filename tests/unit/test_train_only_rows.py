@@ -464,3 +464,115 @@ def transposed():
 def test_what_has_no_rows_is_a_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         train_only_rows(make(), CHOSEN)
+
+
+# ---- rows of an output head
+
+
+def with_biased_head():
+    """A small Llama whose own output head has a bias."""
+    model = random_model("llama", ROWS, tied=False)
+    model.set_output_embeddings(nn.Linear(32, ROWS))
+    return model
+
+
+def train_model(model, optimizer, steps=3):
+    ids = torch.arange(ROWS)[None]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Muon"])  # takes matrices only
+def test_rows_of_the_head_and_its_bias_train_too(name):
+    """Rows outside the ticket stay in all three, whatever the optimizer; decay pulls towards the values at the start."""
+    model = with_biased_head()
+    model.requires_grad_(False)
+    handle = train_only_rows(model, CHOSEN, head=True)
+    head = model.get_output_embeddings()
+    weights = [model.get_input_embeddings().weight, head.weight, head.bias]
+    before = [weight.detach().clone().view(ROWS, -1) for weight in weights]
+    train_model(model, OPTIMIZERS[name](weights))
+    for before_VD, weight in zip(before, weights, strict=True):
+        assert torch.equal(moved(before_VD, weight.view(ROWS, -1)), CHOSEN_MASK)
+    handle.remove()
+    train_model(model, torch.optim.SGD(weights, lr=0.1), steps=1)
+    assert moved(before[1], head.weight).all() and not head._forward_pre_hooks
+
+
+def test_decay_pulls_rows_of_the_head_towards_their_start():
+    model = with_biased_head()
+    train_only_rows(model, CHOSEN, head=True)
+    head = model.get_output_embeddings()
+    start_KD = head.weight.detach()[CHOSEN].clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    with torch.no_grad():
+        head.weight[CHOSEN] += 1
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    # The base is what the rows were at the first step, hence with the 1 in it.
+    optimizer.step()
+    assert torch.allclose(head.weight[CHOSEN], start_KD + 1)
+    with torch.no_grad():
+        head.weight[CHOSEN] += 1
+    head.weight.grad.zero_()
+    optimizer.step()
+    assert torch.allclose(head.weight[CHOSEN], start_KD + 1 + 0.95, atol=1e-6)
+
+
+def test_a_tied_head_needs_nothing_more():
+    model = random_model("llama", ROWS, tied=True)
+    assert train_only_rows(model, CHOSEN, head=True).of_head == []
+
+
+def test_copies_of_a_model_keep_the_restriction_of_the_head():
+    model = with_biased_head()
+    train_only_rows(model, CHOSEN, head=True)
+    for twin in (copy.deepcopy(model), torch.load(saved(model), weights_only=False)):
+        head = twin.get_output_embeddings()
+        before_VD = head.weight.detach().clone()
+        train_model(twin, torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1), steps=1)
+        assert torch.equal(moved(before_VD, head.weight), CHOSEN_MASK)
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_a_head_that_is_replaced_is_named():
+    model = with_biased_head()
+    train_only_rows(model, CHOSEN, head=True)
+    model.set_output_embeddings(nn.Linear(32, ROWS))
+    with pytest.raises(RuntimeError, match="the output head or its weight was replaced"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def no_head():
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(
+        LlamaConfig(vocab_size=ROWS, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+
+
+def small_head():
+    model = random_model("llama", ROWS, tied=False)
+    model.set_output_embeddings(nn.Linear(32, 3, bias=False))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (embedding, "head=True needs a model with an output head; Embedding is none"),
+        (no_head, "LlamaModel has no output head"),
+        (small_head, "row ids must lie in 0 .. 2; got 1 .. 3"),
+    ],
+)
+def test_what_has_no_head_is_a_sentence(make, message):
+    with pytest.raises(ValueError, match=message):
+        train_only_rows(make(), CHOSEN, head=True)
