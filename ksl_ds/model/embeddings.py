@@ -120,7 +120,7 @@ def weight_of(model_or_embedding: nn.Module, module: nn.Module, part: Part = EMB
         raise ValueError(
             f"train_only_rows needs a module with a (V, D) parameter `{part.name}`; that of {name} {reason}"
         )
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         raise ValueError(
             "train_only_rows does not support DTensor weights (FSDP2, tensor parallelism); use DeepSpeed's ZeRO, "
             "DistributedDataParallel or one process"
@@ -141,7 +141,8 @@ def weight_of(model_or_embedding: nn.Module, module: nn.Module, part: Part = EMB
     return weight
 
 
-def _is_dtensor(weight: Any) -> bool:
+def is_dtensor(weight: Any) -> bool:
+    """Whether a weight is spread over devices by torch itself: FSDP2, tensor parallelism."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""Run by test_rows.py: train_only_rows within Hugging Face's Trainer on DeepSpeed, at the Trainer's own settings."""
+"""Run by test_rows.py: rows and draws within Hugging Face's Trainer on DeepSpeed, at the Trainer's own settings."""
 
 import sys
 
@@ -6,15 +6,17 @@ import torch
 from helpers.tiny import make_tokenizer, random_model
 from transformers import Trainer, TrainingArguments
 
-from ksl_ds import distributed, train_only_rows
+from ksl_ds import Ticket, distributed, train_only_rows
+from ksl_ds.integrations import DrawCallback
 
 distributed.initialize()  # so that DeepSpeed compiles nothing
 stage = int(sys.argv[-1])
 tokenizer = make_tokenizer()
 model = random_model("llama", len(tokenizer), tied=False).to(torch.bfloat16)
-before_VD = model.get_input_embeddings().weight.detach().clone()
+names = ("model.embed_tokens.weight", "lm_head.weight")
+before = {name: model.state_dict()[name].clone() for name in names}
 model.requires_grad_(False)
-train_only_rows(model, [3, 7])
+train_only_rows(model, [3, 7], head=True)
 examples = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)} for _ in range(16)]
 arguments = TrainingArguments(
     output_dir="trainer",
@@ -34,8 +36,14 @@ arguments = TrainingArguments(
         "zero_force_ds_cpu_optimizer": False,
     },
 )
-trainer = Trainer(model=model, args=arguments, train_dataset=examples)
+callback = DrawCallback(every=2, alpha=0.9, out=f"ticket{stage}")
+trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[callback])
 trainer.train()
-after_VD = trainer.accelerator.get_state_dict(trainer.model_wrapped)["model.embed_tokens.weight"]
-moved = (after_VD.cpu() != before_VD).any(dim=1).nonzero().flatten().tolist()
-assert moved == [3, 7], f"rows that moved: {moved}"
+after = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+for name in names:
+    moved = (after[name].cpu() != before[name]).any(dim=1).nonzero().flatten().tolist()
+    assert moved == [3, 7], f"rows of {name} that moved: {moved}"
+draws = [line for line in trainer.state.log_history if "ticket_size" in line]
+assert [line["step"] for line in draws] == [2, 4]
+ticket = Ticket.load(f"ticket{stage}")
+assert ticket.token_ids and set(ticket.token_ids) <= {3, 7}, ticket.token_ids

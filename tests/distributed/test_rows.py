@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import ranks_accelerate
 import ranks_rows
 import torch
 from helpers.cases import job_of_cases
@@ -34,6 +35,15 @@ rows = job_of_cases(ranks_rows, ranks=[1, 2])
 def test_other_rows_stay(case, rows):
     """5 to 50 steps of AdamW with weight decay .1, momentum, clipping and accumulation, stages 0 to 3, tied and untied."""
     rows(case)
+
+
+accelerated = job_of_cases(ranks_accelerate, ranks=[2])
+
+
+@pytest.mark.parametrize("case", ranks_accelerate.CASES)
+def test_other_rows_stay_under_accelerate(case, accelerated):
+    """Rows of an embedding and of its head, under DDP and DeepSpeed as accelerate sets them up."""
+    accelerated(case)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
