@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ksl_ds.errors import UserError
-from ksl_ds.model.folder import check_folder, check_is_decoder, config_problem
+from ksl_ds.hub import hub_reason
+from ksl_ds.model.folder import check_folder, check_is_decoder, config_problem, needs_code
 
 SHAPES_FILE = Path(__file__).parent.parent / "data" / "model_shapes.json"
 ATTENTION = "ksl_ds_dry_run"
@@ -112,8 +113,10 @@ def model_config(name: str, revision: str | None = None, *, trust_remote_code: b
         check_is_decoder(config, f"model {name}")
         return config
     except (ValueError, OSError, KeyError, TypeError) as error:
-        known = "" if path.exists() else f"; built-in shapes are {', '.join(shapes)}"
-        raise UserError(f"model {name}: {config_problem(error)}{known}") from None
+        if path.exists() or needs_code(error):
+            raise UserError(f"model {name}: {config_problem(error)}") from None
+        known = f"built-in shapes are {', '.join(shapes)}"
+        raise UserError(f"model {name}: {hub_reason(error, name)}; {known}") from None
 
 
 def meta_model(config: Any, dtype: torch.dtype, *, untied: bool, trust_remote_code: bool = False) -> Any:

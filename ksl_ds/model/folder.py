@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ksl_ds.errors import UserError, reason_of
 from ksl_ds.files import atomic_folder, read_json, reason
+from ksl_ds.hub import hub_reason
 from ksl_ds.model.safetensors_io import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
 
 TOKENIZER = "tokenizer.json"  # tens of megabytes for large vocabularies
@@ -56,13 +57,21 @@ def local_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
             )
         )
     except Exception as error:  # the Hub's client has a dozen, from "no such repository" to "no network"
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path_or_hub_id} is not a folder, and cannot be downloaded from the Hub: {reason}") from None
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{path_or_hub_id} is not a folder, and cannot be downloaded from the Hub{at}: "
+            f"{hub_reason(error, str(path_or_hub_id))}"
+        ) from None
+
+
+def needs_code(error: Exception) -> bool:
+    """Whether transformers' error for a config says that it takes custom code."""
+    return "custom code" in str(error)
 
 
 def config_problem(error: Exception) -> str:
     """Transformers' error for a config, in a line; for custom code, the key that allows it."""
-    if "custom code" in str(error):
+    if needs_code(error):
         return "the model needs its own Python code; read that code, then set model.trust_remote_code=true in a recipe"
     return reason_of(error)
 

@@ -33,7 +33,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ksl_ds.config.schema import Text
-from ksl_ds.errors import UserError
+from ksl_ds.errors import UserError, reason_of
+from ksl_ds.hub import hub_reason
 
 # Where a msgid is a key, translators find the English sentence in the extracted comment.
 PO_DEFAULT = re.compile(r'Default: "(.*?)"[ \t]*$', re.DOTALL | re.MULTILINE)
@@ -221,9 +222,9 @@ def _rows(path: str, text: Text, split: str) -> Iterator[Any]:
     except UserError:
         raise
     except Exception as error:  # each reader has its own exceptions
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise UserError(f"{path} cannot be read{' from the Hub' if hub else ''}: {reason}") from None
+        if hub:
+            raise UserError(f"{path} cannot be read from the Hub: {hub_reason(error, f'datasets/{path}')}") from None
+        raise UserError(f"{path} cannot be read: {reason_of(error.__cause__ or error)}") from None
 
 
 def _hub(path: str, text: Text, split: str) -> Iterator[dict[str, Any]]:

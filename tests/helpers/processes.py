@@ -49,13 +49,14 @@ def launch(ranks: int, *words: object, cwd: Path, timeout: float = HANG_SECONDS,
     return run(*command, cwd=cwd, timeout=timeout, **environment)
 
 
-def run(*command: object, cwd: Path, timeout: float = HANG_SECONDS, **environment: str):
+def run(*command: object, cwd: Path, timeout: float = HANG_SECONDS, warm: Warm = WARM, **environment: str):
     """Runs a command to its end in a process group of its own, so that nothing of it survives a timeout.
 
-    `deepspeed` and `ksl-ds` start warm (warm_start.py).
+    `deepspeed` and `ksl-ds` start warm (warm_start.py). A `warm` of the test's own has the `environment` of its first command.
     """
+    imported_with = ENVIRONMENT if warm is WARM else {**ENVIRONMENT, **environment}
     with subprocess.Popen(
-        WARM.command([str(word) for word in command], ENVIRONMENT),
+        warm.command([str(word) for word in command], imported_with),
         cwd=cwd,
         env={**ENVIRONMENT, **environment},
         stdin=subprocess.DEVNULL,

@@ -323,10 +323,16 @@ def test_a_missing_file_of_no_known_kind_is_not_sought_on_the_hub(monkeypatch):
 
 def test_hub_failures_are_one_line(monkeypatch):
     def load_dataset(*words, **more):
-        raise ConnectionError("Couldn't reach\n the Hub")
+        raise failure
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert mistake("me/mine") == "text.train: me/mine cannot be read from the Hub: Couldn't reach the Hub"
+    start = "text.train: me/mine cannot be read from the Hub: "
+    failure = ValueError("Unknown\n split")
+    assert mistake("me/mine") == f"{start}Unknown split"
+    failure = ConnectionError("Couldn't reach 'me/mine' on the Hub (LocalEntryNotFoundError)")
+    assert mistake("me/mine").startswith(f"{start}no connection to https://")
+    failure = ConnectionError("Couldn't reach 'me/mine' on the Hub (OfflineModeIsEnabled)")
+    assert mistake("me/mine").startswith(f"{start}it is not complete in the cache, and HF_HUB_OFFLINE")
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.processes import REPOSITORY, run, succeeds
@@ -61,7 +62,7 @@ def test_a_folder_its_config_and_the_built_in_shape_of_it_agree(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nowhere/model/x", "llama-4-7000b"])
 def test_an_unknown_model_is_one_sentence(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=name):
         model_config(name)
 
