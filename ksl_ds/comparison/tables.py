@@ -9,18 +9,18 @@ bootstrap covers the choice of test sentences, the seeds cover the order of trai
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.report.html import learned_to_stop, pair
 from ksl_ds.report.records import ComparisonResults, ComparisonSection, Scores, SeedTest
-from ksl_ds.report.tables import DASH, STAGE_COLUMNS, STAGE_NOTES, Column, Table, decimals, size
+from ksl_ds.report.tables import DASH, STAGE_NOTES, Column, StageColumn, Table, columns_for, decimals, size
 from ksl_ds.text.significance import MIN_SENTENCES
 
 LEVEL = 0.05
 BASELINES = (Stage.EMBED_TUNING, Stage.FULL_TUNING, Stage.UNTUNED)
-WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1}  # digits
+WITH_SPREAD = {"test_loss": 3, "bleu": 1, "chrf": 1, "first_line_bleu": 1, "comet": 4}  # digits
 SPREAD_NOTE = "± is the standard deviation over {} seeds."
 
 
@@ -52,12 +52,13 @@ def score_table(results: ComparisonResults) -> Table:
     comparison = results.comparison
     stages = results.stages
     columns = [Column("", numeric=False)]
-    for column, key, _ in STAGE_COLUMNS:
+    shown_columns = columns_for([*results.baselines.values(), *stages.values()])
+    for column, key, _ in shown_columns:
         columns.append(column)
         if key == "trained_parameters":
             columns.append(Column("tuned file", optional=True))
     rows = [
-        [label_of(key), *_cells(None if key in missing_entries(comparison) else shown)]
+        [label_of(key), *_cells(None if key in missing_entries(comparison) else shown, shown_columns)]
         for key, shown in (results.baselines | {key: stages.get(key) for key in comparison.order}).items()
     ]
     notes = list(STAGE_NOTES)
@@ -66,9 +67,9 @@ def score_table(results: ComparisonResults) -> Table:
     return Table("Scores on the held-out text", columns, rows, notes + exceptions(comparison))
 
 
-def _cells(scores: Scores | None) -> list[str]:
+def _cells(scores: Scores | None, columns: Sequence[StageColumn]) -> list[str]:
     cells = []
-    for _, key, show in STAGE_COLUMNS:
+    for _, key, show in columns:
         spread = scores.spread.get(key) if scores else None
         with_spread = key in WITH_SPREAD and spread is not None
         cells.append(

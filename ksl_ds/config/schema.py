@@ -264,6 +264,9 @@ class Evaluation:
     num_beams: Rank = key(1, "1 is greedy search; the paper reports 4")
     max_new_tokens: Count = key(256, "longest translation in tokens")
     tokenize: Line = key("13a", "sacrebleu tokenizer: 13a, intl, zh, char, none, or flores101 or flores200 for spBLEU")
+    comet: Line | None = key(
+        None, "also score with this COMET model: a Hub id or folder; needs the command comet-score (launch/README.md)"
+    )
     gather_weights: bool = key(
         True, "ZeRO-3: gather the whole model on every rank for translation (fast); false: layer by layer (any size)"
     )
@@ -359,7 +362,8 @@ BEFORE_A_KEY = {"training.packing": "off"}
 # Keys and sections that may change when a run is resumed, since training does not depend on them.
 KEYS_THAT_MAY_CHANGE_ON_RESUME = (
     "run_dir", "resume", "verbose", "num_ranks", "timeout_minutes", "checkpoint", "tracking", "certify", "compare",
-    "multilingual", "scan", "reference", "evaluation.batch_size", "evaluation.gather_weights",
+    "multilingual", "scan", "reference", "evaluation.batch_size", "evaluation.comet",
+    "evaluation.gather_weights",
 )  # fmt: skip
 
 

@@ -37,9 +37,8 @@ from ksl_ds.text.batches import check_positions
 from ksl_ds.text.corpus import Split
 from ksl_ds.text.directions import load_texts
 from ksl_ds.text.packing import shared_beginning
-from ksl_ds.text.scores import check_tokenizer
 from ksl_ds.training.inputs import check_inputs, inputs_of
-from ksl_ds.training.run import corpus_sha256, previous_results, virtual_tokens
+from ksl_ds.training.run import check_scores, corpus_sha256, previous_results, virtual_tokens
 
 COMPARED = (".safetensors", ".json", ".model")  # files of a model folder, by their sizes
 SECONDS_TO_SEE = 10  # for a new file to appear on a network file system
@@ -213,10 +212,15 @@ def text_check(checks: Checklist, recipe: Recipe, folder: ModelFolder) -> tuple[
 
 
 def scores_and_wandb(checks: Checklist, recipe: Recipe) -> None:
-    """Checks sacrebleu's tokenizer and wandb on rank 0."""
+    """Checks sacrebleu's tokenizer, COMET and wandb on rank 0."""
+    evaluation = recipe.evaluation
     try:
-        check_tokenizer(recipe.evaluation.tokenize)
-        checks.add("ok", "scores", f"sacrebleu's tokenizer {recipe.evaluation.tokenize} works on rank 0, which scores")
+        check_scores(evaluation)
+        comet = f" and COMET's {evaluation.comet}" if evaluation.comet else ""
+        works = "work" if comet else "works"
+        checks.add(
+            "ok", "scores", f"sacrebleu's tokenizer {evaluation.tokenize}{comet} {works} on rank 0, which scores"
+        )
     except UserError as error:
         checks.add("failed", "scores", str(error))
     mode = tracking_mode(recipe)

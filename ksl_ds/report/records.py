@@ -29,6 +29,7 @@ class DirectionScores(Record):
     bleu: Number | None
     chrf: Number | None
     first_line_bleu: Number | None
+    comet: Number | None = None
     stop_rate: Number | None
     output_length: Number | None  # tokens
 
@@ -45,9 +46,10 @@ class Scores(Record):
     bleu: Number | None
     chrf: Number | None
     first_line_bleu: Number | None
+    comet: Number | None = None  # where evaluation.comet names a model
     stop_rate: Number | None = None
     output_length: Number | None = None  # tokens
-    signatures: dict[str, str] = {}  # sacrebleu's, by metric
+    signatures: dict[str, str] = {}  # sacrebleu's, by metric; of COMET the model
     seconds: Number | None = None  # of the training
     evaluation_seconds: Number | None = None
     tuned_file_bytes: Number | None = None

@@ -153,13 +153,14 @@ def decimals(digits: int) -> Callable[[Any], str]:
     return _or_dash(lambda value: f"{value:.{digits}f}")
 
 
-# (column, field of records.Scores, how it is shown)
-STAGE_COLUMNS: list[tuple[Column, str, Callable[[Any], str]]] = [
+StageColumn = tuple[Column, str, Callable[[Any], str]]  # column, field of records.Scores, how it is shown
+STAGE_COLUMNS: list[StageColumn] = [
     (Column("trained parameters"), "trained_parameters", count),
     (Column("test loss"), "test_loss", decimals(3)),
     (Column("BLEU"), "bleu", decimals(1)),
     (Column("chrF++"), "chrf", decimals(1)),
     (Column("first-line BLEU"), "first_line_bleu", decimals(1)),
+    (Column("COMET"), "comet", decimals(4)),  # as comet-score prints it
     (Column("stop rate"), "stop_rate", decimals(2)),
     (Column("output length", optional=True), "output_length", decimals(1)),
     (Column("training time", optional=True), "seconds", duration),
@@ -178,33 +179,38 @@ def in_order(stages: Mapping[str, Any]) -> list[str]:
     return [name for name in known if name in stages] + [name for name in stages if name not in known]
 
 
+def columns_for(stages: Iterable[Scores]) -> list[StageColumn]:
+    """Of `STAGE_COLUMNS` those for these stages: COMET only where one has it."""
+    has_comet = any(scores.comet is not None for scores in stages)
+    return [entry for entry in STAGE_COLUMNS if entry[1] != "comet" or has_comet]
+
+
 def stage_table(stages: Mapping[str, Scores], title: str = "Scores on the held-out text") -> Table:
     """One row a stage, from `stages` of results.json (put `baselines` beside them for copying the source)."""
+    columns = columns_for(stages.values())
     return Table(
         title,
-        [Column("", numeric=False), *(column for column, _, _ in STAGE_COLUMNS)],
+        [Column("", numeric=False), *(column for column, _, _ in columns)],
         [
-            [label_of(stage), *(show(getattr(stages[stage], key)) for _, key, show in STAGE_COLUMNS)]
+            [label_of(stage), *(show(getattr(stages[stage], key)) for _, key, show in columns)]
             for stage in in_order(stages)
         ],
         list(STAGE_NOTES),
     )
 
 
-DIRECTION_COLUMNS = [entry for entry in STAGE_COLUMNS if entry[1] in DirectionScores.model_fields]
-
-
 def direction_table(stages: Mapping[str, Scores]) -> Table:
     """One row for each stage and direction; none where a run has no `text.directions`."""
+    columns = [entry for entry in columns_for(stages.values()) if entry[1] in DirectionScores.model_fields]
     return Table(
         "Scores by direction",
         [
             Column("", numeric=False),
             Column("direction", numeric=False),
-            *(column for column, _, _ in DIRECTION_COLUMNS),
+            *(column for column, _, _ in columns),
         ],
         [
-            [label_of(stage), name, *(show(getattr(scores, key)) for _, key, show in DIRECTION_COLUMNS)]
+            [label_of(stage), name, *(show(getattr(scores, key)) for _, key, show in columns)]
             for stage in in_order(stages)
             for name, scores in stages[stage].directions.items()
         ],

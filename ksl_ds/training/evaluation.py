@@ -20,6 +20,7 @@ from ksl_ds.report import records
 from ksl_ds.report.records import StageResult, finite
 from ksl_ds.report.tables import decimals
 from ksl_ds.sharding.engine import gathered_weights, inference_engine, stage_of
+from ksl_ds.text.comet import comet_scores
 from ksl_ds.text.scores import score, write_translations
 from ksl_ds.text.translate import Translation, translate
 from ksl_ds.training.loop import TrainingStats
@@ -129,7 +130,7 @@ def evaluate_stage(
     logger.info(
         f"{label}: test loss {decimals(3)(shown.test_loss)}, BLEU {decimals(1)(shown.bleu)}, chrF++ "
         f"{decimals(1)(shown.chrf)}, first-line BLEU {decimals(1)(shown.first_line_bleu)}, stop rate "
-        f"{decimals(2)(shown.stop_rate)}"
+        f"{decimals(2)(shown.stop_rate)}" + (f", COMET {decimals(4)(shown.comet)}" if shown.comet is not None else "")
     )
 
 
@@ -140,13 +141,15 @@ def file_bytes(folder: Path) -> int:
 
 
 def score_copying(run: RunContext) -> None:
-    """What handing back the source would score: a baseline that templated text makes strong."""
-    if not distributed.is_rank0():
-        return
-    sources = [pair.source for pair in run.corpora["test"].pairs]
-    lengths = [len(run.tokenizer(source, add_special_tokens=False).input_ids) for source in sources]
-    copied = [Translation(source, length, True) for source, length in zip(sources, lengths, strict=True)]
-    found = _scores(run, copied, dict.fromkeys(run.corpora["test"].by_direction()))
+    """What handing back the source would score: a baseline that templated text makes strong. Collective."""
+
+    def found_on_rank0() -> dict[str, Any]:
+        sources = [pair.source for pair in run.corpora["test"].pairs]
+        lengths = [len(run.tokenizer(source, add_special_tokens=False).input_ids) for source in sources]
+        copied = [Translation(source, length, True) for source, length in zip(sources, lengths, strict=True)]
+        return _scores(run, copied, dict.fromkeys(run.corpora["test"].by_direction()))
+
+    found = distributed.run_on_rank0(found_on_rank0)
     run.results.baselines[Stage.COPYING_SOURCE] = records.Scores(trained_parameters=0, **found)
 
 
@@ -156,6 +159,11 @@ def _scores(run: RunContext, translations: list[Translation], losses: Mapping[st
     `losses` are the test losses by direction.
     """
     pairs = run.corpora["test"].pairs
+    model = run.recipe.evaluation.comet
+    comet = []
+    if model:
+        texts = [translation.text for translation in translations]
+        comet = comet_scores(model, [pair.source for pair in pairs], texts, [pair.target for pair in pairs])
     found = {}
     signatures: dict[str, str] = {}
     for name, places in run.corpora["test"].by_direction().items():
@@ -168,6 +176,9 @@ def _scores(run: RunContext, translations: list[Translation], losses: Mapping[st
         )
         found[name] = {"test_loss": finite(losses[name]), **asdict(scores)}
         signatures = found[name].pop("signatures")
+        if model:
+            found[name]["comet"] = fmean(comet[place] for place in places)
+            signatures["comet"] = model
     if not run.recipe.text.directions:
         return {**found[""], "signatures": signatures}
     names = next(iter(found.values()))

@@ -19,7 +19,7 @@ from typing import Any
 from ksl_ds import distributed
 from ksl_ds.config.load import differing_keys, load_recipe, save_recipe
 from ksl_ds.config.methods import Stage
-from ksl_ds.config.schema import CERTIFIED, Recipe
+from ksl_ds.config.schema import CERTIFIED, Evaluation, Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.files import blocks_sha256, write_text
@@ -38,6 +38,7 @@ from ksl_ds.report.tracking import Tracker
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.text.batches import check_positions, padding_id
+from ksl_ds.text.comet import check_comet
 from ksl_ds.text.corpus import Corpus, Split
 from ksl_ds.text.directions import load_texts
 from ksl_ds.text.packing import Packing
@@ -134,7 +135,7 @@ def open_run(
         check_precision(recipe.training.precision)
     run_dir = Path(recipe.run_dir)
     before = distributed.run_on_rank0(lambda: previous_results(run_dir, recipe))
-    distributed.run_on_rank0(lambda: check_tokenizer(recipe.evaluation.tokenize))
+    distributed.run_on_rank0(lambda: check_scores(recipe.evaluation))
     folder = open_folder(recipe.model)
     adapter = (
         distributed.run_on_rank0(lambda: prepare_method(recipe, folder.config, config, method)) if trains else None
@@ -181,6 +182,13 @@ def open_run(
                 yield run
             finally:
                 free_weights(run.model)  # a command may open one run after the other
+
+
+def check_scores(evaluation: Evaluation) -> None:
+    """Makes sure that the test text can be scored, before anything is trained. On rank 0 only. Raises UserError."""
+    check_tokenizer(evaluation.tokenize)
+    if evaluation.comet:
+        check_comet(evaluation.comet)
 
 
 def virtual_tokens(recipe: Recipe) -> int:
