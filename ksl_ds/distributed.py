@@ -123,6 +123,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_of_host() -> int:
+    """Ranks on this host, as the launcher says (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE); else all."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else world_size()
+
+
 def is_rank0() -> bool:
     """True on the one rank that prints and writes: global rank 0, not the first of each host."""
     return rank() == 0

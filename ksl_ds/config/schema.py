@@ -458,6 +458,7 @@ class EstimateCommand:
 
     model: Line = key(MISSING, "a built-in shape (llama-3-70b), config.json, model folder, Hub id, or a recipe")
     gpus: Count = key(1, "ranks, one a GPU")
+    gpus_per_host: Count | None = key(None, "GPUs of a host; shows what travels between hosts; hpZ needs it")
     gpu_memory: Amount | None = key(None, "GiB of one GPU; empty: show sizes, not what fits")
     network: Amount | None = key(None, "Gbit/s per rank; shows the seconds of communication per step")
     rows: Count | None = key(None, "rows of the ticket; empty: the recipe's draw.top_k")

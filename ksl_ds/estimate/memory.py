@@ -4,7 +4,8 @@ With N ranks, P parameters, T of them trained, b bytes per weight (2 in bf16 and
 partitioned into N parts, rounded up:
 
     weights      stage 3: b P / N, and b for each element of a parameter small enough to stay whole on every rank too
-                 (stage3_param_persistence_threshold); stages 0 to 2: b P
+                 (stage3_param_persistence_threshold); stages 0 to 2: b P. With hpZ (zero_hpz_partition_size) the
+                 host's own copy beside it, b P / H for H ranks of a host
     gradients    b T / N in stages 2 and 3, b T below: what is kept between micro-batches
     optimizer    12 T / N: fp32 master, exp_avg, exp_avg_sq (12 T in stage 0). Frozen parameters have neither gradients nor
                  optimizer states
@@ -23,6 +24,8 @@ partitioned into N parts, rounded up:
                  parameters that are whole everywhere. Under checkpointing DeepSpeed drops a recomputed layer's frozen
                  weights after the backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b
                  T (N-1)/N of gradients, all-reduced, and half as much of new weights in stages 1 and 2
+    between      of it what a host receives from others: as much as a rank, since a ring enters a host once. With hpZ frozen
+                 weights come from the host, so only the trained ones and their gradients: 3 b T (N-1)/N
     wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
 
 The optimizer's step and the forward and backward passes are not at the same time, so the peak is the states, the buffers,
@@ -33,10 +36,13 @@ weights to host memory. What is not counted: the allocator's fragments, and what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ksl_ds.errors import UserError
+
 MOST_RANKS = 1 << 16
+AUTO = 0
 SIZES = {  # of `Zero`, and DeepSpeed's names for them
     "reduce_bucket_size": "reduce_bucket_size",
     "prefetch_bucket_size": "stage3_prefetch_bucket_size",
@@ -60,6 +66,7 @@ class Zero:
     max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
+    host_ranks: int = 1  # that share a copy of the weights (hpZ); AUTO: those of a host
     contiguous_gradients: bool = True
 
     @classmethod
@@ -72,10 +79,20 @@ class Zero:
         }
         for name in ("offload_optimizer", "offload_param"):
             settings[name] = section.get(name, {}).get("device", "none") != "none"
+        copies = section.get("zero_hpz_partition_size", 1)
+        settings["host_ranks"] = AUTO if copies == "auto" else max(1, copies)
         for ours, theirs in SIZES.items():
             if theirs in section:
                 settings[ours] = int(section[theirs])
         return cls(**settings)
+
+    def on_hosts(self, ranks_of_host: int | None) -> Zero:
+        """With the size of the host's copies of weights. Raises UserError where nobody knows it."""
+        if self.host_ranks != AUTO:
+            return self
+        if ranks_of_host is None:
+            raise UserError("the DeepSpeed JSON keeps a copy of the weights on every host (hpZ); say gpus_per_host=N")
+        return replace(self, host_ranks=ranks_of_host)
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,7 @@ class Needs:
     working: int | None
     snapshot: int
     wire_step: int
+    wire_between: int
     wire_draw: int
     device: int
     host: int
@@ -130,6 +148,9 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
     total = sum(everything)
     kept_whole = sum(persistent)
     weights = b * (_share(everything, ranks) + kept_whole if sharded else total)
+    has_copies = sharded and 1 < zero.host_ranks < ranks
+    if has_copies:
+        weights += b * _share(everything, zero.host_ranks)
     gradients = b * (trained_share if zero.stage >= 2 else sum(method.trained))
     optimizer = 12 * trained_share
     stepped = (6 if b == 2 else 4) * min(trained_share, zero.sub_group_size)
@@ -151,6 +172,7 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
         wire_step = b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
     else:
         wire_step = b * trained * (3 if zero.stage else 2)
+    wire_between = min(wire_step, b * (3 * trained + kept_whole)) if has_copies else wire_step
     wire_draw = 8 * training.vocab_size * moved + (4 * training.width if ranks > 1 and sharded else 0)
 
     on_host = set()
@@ -169,6 +191,7 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
         working=method.working,
         snapshot=snapshot,
         wire_step=round(wire_step * moved),
+        wire_between=round(wire_between * moved),
         wire_draw=round(wire_draw),
         device=device,
         host=snapshot + sum(sizes[name] for name in on_host),

@@ -20,7 +20,8 @@ KINDS = ("weights", "gradients", "optimizer", "buffers", "gathered")
 def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     """Memory of a rank, and traffic, for every method on `command.gpus` GPUs."""
     training = plan.training()
-    zero = plan.zero
+    zero = plan.zero.on_hosts(command.gpus_per_host)
+    between = command.gpus_per_host is not None and command.gpus_per_host < command.gpus
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
     memory_rows = []
     traffic_rows = []
@@ -32,7 +33,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         possible = [method for method in cases_of_name if isinstance(method, MethodCost)]
         if not possible:
             memory_rows.append([name, *["–"] * (len(KINDS) + 8)])
-            traffic_rows.append([name, *["–"] * (2 if command.network is None else 4)])
+            traffic_rows.append([name, *["–"] * ((2 if command.network is None else 4) + between)])
             continue
         needs = [
             rank_needs(method, training, zero, command.gpus) if isinstance(method, MethodCost) else None
@@ -56,7 +57,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         if command.network is not None:
             bits_per_second = command.network * 1e9
             seconds = ["–" if each is None else duration(each.wire_step * 8 / bits_per_second) for each in needs]
-        traffic_rows.append([name, *steps, *seconds])
+        traffic_rows.append([name, *steps, *seconds, *([size(states.wire_between)] if between else [])])
     draw = rank_needs(plan.embedding(), training, zero, command.gpus)
     rows = -(-training.vocab_size // command.gpus)
     draw_seconds = rows * seconds_of_a_row(training.width)
@@ -98,9 +99,15 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
             Column(f"at {command.network:g} Gbit/s, {how}")
             for how in ("plain", "checkpointed")
             if command.network is not None
-        ],
+        ]
+        + [Column("between hosts")] * between,
         traffic_rows,
         [
+            *(
+                ["Hierarchical partitioning (hpZ): frozen weights come from the host's own copy."]
+                if zero.host_ranks > 1
+                else []
+            ),
             "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) adds the "
             "same.",
             f"A draw: {size(draw.wire_draw)} received, {rows:,} rows tested in {duration(draw_seconds)} where all have "

@@ -22,8 +22,15 @@ from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.model.adapters import enable_checkpointing
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
-from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
-from ksl_ds.sharding.partition import full_shape, is_partitioned, local_part, stored_weight
+from ksl_ds.sharding.engine import TORCH_DTYPE, forget_host_groups, stage_of
+from ksl_ds.sharding.partition import (
+    drop_host_copy,
+    full_shape,
+    host_part,
+    is_partitioned,
+    local_part,
+    stored_weight,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.integrations import HfDeepSpeedConfig
 
+    forget_host_groups()
     # transformers keeps a weak reference to this configuration: it must live until the model is built.
     zero_config = HfDeepSpeedConfig(config)
     model_config = copy.deepcopy(folder.config)
@@ -100,6 +108,7 @@ def free_weights(model: nn.Module) -> None:
     Deleting the model is not enough, since DeepSpeed's hooks and caches refer to it; so its weights are emptied.
     """
     for parameter in model.parameters():
+        drop_host_copy(parameter)
         for weight in (parameter, stored_weight(parameter)):
             weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
@@ -108,6 +117,7 @@ def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
     """Copies between parameters of the same shape, hence the same partition: each rank copies its part."""
     with torch.no_grad():
         stored_weight(target).copy_(stored_weight(source))
+    drop_host_copy(target)
 
 
 def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
@@ -128,17 +138,18 @@ def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
 
 
 def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:
-    """The first weight whose part on this rank differs from a checkpoint in the model's dtype, or None."""
+    """The first weight whose part on this rank, or its part of the host's copy, differs from a checkpoint; or None.
+
+    Compared in the model's dtype.
+    """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stored = folder.stored_name(name)
         if stored is None or parameter is leave_out:
             continue
-        part, start = _own_share(parameter)
-        if part.numel() == 0:
-            continue
-        expected = folder.read_flat(stored, start, start + part.numel())
-        if not torch.equal(part.cpu(), expected.to(part.dtype)):
-            return name
+        for part, start in filter(None, (_own_share(parameter), host_part(parameter))):
+            expected = folder.read_flat(stored, start, start + part.numel()) if part.numel() else part.cpu()
+            if not torch.equal(part.cpu(), expected.to(part.dtype)):
+                return name
     return None
 
 

@@ -249,7 +249,8 @@ def memory_check(checks: Checklist, recipe: Recipe, longest: tuple[int, int, int
     except UserError as error:
         checks.add("failed", "memory", str(error))
         return
-    needs = rank_needs(method, training, plan.zero, distributed.world_size())
+    zero = plan.zero.on_hosts(distributed.ranks_of_host())
+    needs = rank_needs(method, training, zero, distributed.world_size())
     taken = needs.device + (training.reserved if distributed.device().type == "cuda" else needs.host)
     status = "failed"
     if taken <= SPARE * memory:

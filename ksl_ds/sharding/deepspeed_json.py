@@ -58,11 +58,12 @@ UNSUPPORTED_IN_SECTIONS = (
     "fp16.fp16_master_weights_and_grads", "zero_optimization.elastic_checkpoint", "zero_optimization.legacy_stage1",
     "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
     "zero_optimization.stage3_module_granularity_threshold", "zero_optimization.module_granularity_threshold",
-    "zero_optimization.zero_hpz_partition_size", "zero_optimization.zenflow", "zero_optimization.zeropp_loco_param",
+    "zero_optimization.zenflow", "zero_optimization.zeropp_loco_param",
     "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients", "zero_optimization.offload_optimizer.ratio",
     "zero_optimization.offload_optimizer.super_offload",
 )  # fmt: skip
+HOST_COPIES = "zero_hpz_partition_size"
 LARGEST = 2**63 - 1
 
 
@@ -123,6 +124,8 @@ def read_json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
     if _select(given, "zero_optimization.overlap_comm") is None:  # DeepSpeed's class has set it by the stage
         found.get("zero_optimization", {}).pop("overlap_comm", None)
+    if _select(content, f"zero_optimization.{HOST_COPIES}") == "auto":  # engine.py knows the hosts
+        found.setdefault("zero_optimization", {})[HOST_COPIES] = "auto"
     return found
 
 
@@ -171,7 +174,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(content: Any) -> Any:
-    """Hugging Face's Trainer fills in "auto"; DeepSpeed takes its default for it."""
+    """Hugging Face's Trainer fills in "auto"; DeepSpeed takes its default for it, ksl_ds the ranks of a host for hpZ."""
     if isinstance(content, dict):
         return {name: _without_auto(value) for name, value in content.items() if value != "auto"}
     return content

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 
     path = shipped_file(recipe.deepspeed, "ds_configs")
     config = read_config(recipe.deepspeed)
+    _set_host_copies(path, config)
     training = recipe.training
     decided = {
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
@@ -66,6 +68,37 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     config.setdefault("steps_per_print", 10**9)
     check_with_deepspeed(path, config)
     return config
+
+
+def _set_host_copies(path: Path, config: dict[str, Any]) -> None:
+    """Sets how many ranks share a copy of the weights (hpZ): those of a host, where the JSON says `"auto"`.
+
+    Raises
+    ------
+    UserError
+        Where copies would not lie on one host each.
+    """
+    from ksl_ds.sharding.deepspeed_json import HOST_COPIES
+
+    zero = config.get("zero_optimization", {})
+    size = zero.get(HOST_COPIES, 1)
+    here = distributed.ranks_of_host()
+    ranks = distributed.world_size()
+    if size == "auto":
+        size = here if here < ranks else 1  # one host has its weights already
+        zero[HOST_COPIES] = size
+    if size > 1 and (here % size or ranks % size):
+        raise UserError(
+            f"{path} has zero_optimization.{HOST_COPIES} = {size}, but a host has {here} of the {ranks} ranks, so a "
+            'copy of the weights would not lie on one host; write "auto"'
+        )
+
+
+def forget_host_groups() -> None:
+    """Makes DeepSpeed ready for another model under hpZ: it makes the groups of ranks once and refuses a second time."""
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def check_precision(precision: str) -> None:

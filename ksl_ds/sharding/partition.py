@@ -46,6 +46,24 @@ def local_part(parameter: Any) -> tuple[Tensor, int]:
     return parameter.ds_tensor.detach()[: max(0, min(size, parameter.ds_numel - start))], start
 
 
+def host_part(parameter: Any) -> tuple[Tensor, int] | None:
+    """This rank's flat part of the host's own copy under hierarchical partitioning (hpZ), and its offset; None without one.
+
+    DeepSpeed makes the copy when a weight is gathered, and takes frozen weights from it ever after.
+    """
+    copy = getattr(parameter, "ds_secondary_tensor", None)
+    if copy is None:
+        return None
+    start = copy.ds_numel * dist.get_rank(parameter.ds_zero_param_process_group)
+    return copy.detach()[: max(0, min(copy.ds_numel, parameter.ds_numel - start))], start
+
+
+def drop_host_copy(parameter: Any) -> None:
+    """Drops the host's copy after a write to the weight: the next gathering makes it anew."""
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        parameter.ds_secondary_tensor = None
+
+
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
     """Gathers these parameters on every rank for the block. Collective if any of them is partitioned."""

@@ -1,7 +1,8 @@
 """Whole rows from the flat parts in which ZeRO keeps a matrix.
 
 Under ZeRO-3 a rank reads the fp32 master weights of its own part; only the pieces of rows that cross a partition's edge are
-sent, from the rank that holds them to the row's owner. In stages 1 and 2 the optimizer decides how the masters are
+sent, from the rank that holds them to the row's owner. Under hierarchical partitioning (hpZ) these are the primary parts;
+the host's copies are dropped after a write. In stages 1 and 2 the optimizer decides how the masters are
 partitioned: nearly the same if the matrix trains alone, else rows are sent once to their owners. In stage 0 and without an
 engine every rank holds all rows; masters.py finds the fp32 masters of 16-bit weights in stage 0.
 
@@ -23,7 +24,7 @@ from ksl_ds import distributed
 from ksl_ds.errors import UserError
 from ksl_ds.sharding.geometry import Span, blocks_of, even_rows, owned_rows, travelling, whole_rows, zero3_parts
 from ksl_ds.sharding.masters import hidden_master
-from ksl_ds.sharding.partition import full_shape, is_partitioned, local_part
+from ksl_ds.sharding.partition import drop_host_copy, full_shape, is_partitioned, local_part
 
 BLOCK_BYTES = 64 << 20  # of rows processed or broadcast at once
 
@@ -137,7 +138,7 @@ class RowShard:
     Raises
     ------
     UserError
-        For a parameter that DeepSpeed keeps twice (hpZ), in several groups of ranks (MiCS) or on NVMe.
+        For a parameter that DeepSpeed keeps in several groups of ranks (MiCS) or on NVMe.
     """
 
     def __init__(self, parameter: nn.Parameter):
@@ -296,9 +297,10 @@ class RowShard:
         return copies
 
     def _release(self) -> None:
-        """Frees a gathered copy of a small parameter, which would be stale."""
+        """Frees a gathered copy of a small parameter, and the host's copy under hpZ, which would be stale."""
         if hasattr(self._parameter, "ds_status") and self._parameter.ds_status.name == "AVAILABLE":
             self._parameter.partition()
+        drop_host_copy(self._parameter)
 
     def _elements(self, rows: Span) -> Span:
         return Span(rows.start * self.row_length, rows.stop * self.row_length)
@@ -327,7 +329,6 @@ def unsupported(parameter: Any) -> str | None:
     if not is_partitioned(parameter):
         return None
     features = {
-        "hpZ (zero_hpz_partition_size)": parameter.ds_zero_param_process_group is not None,
         "MiCS (mics_shard_size)": dist.get_world_size(parameter.ds_process_group) != distributed.world_size(),
         "offloading of parameters to NVMe": parameter.nvme_swapper is not None,
     }

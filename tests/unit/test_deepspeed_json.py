@@ -94,7 +94,7 @@ MISTAKES = {
     "compilation": ({"compile": {"deepcompile": True}}, ["'compile'", "does not support"]),
     "summed gradients": ({"gradient_allreduce_op": "sum"}, ["'gradient_allreduce_op'", "does not support"]),
     "sequences": ({"sequence_parallel_size": 2}, ["'sequence_parallel_size'", "does not support"]),
-    "hpZ": (zero(zero_hpz_partition_size=2), ["zero_hpz_partition_size", "does not support"]),
+    "hpZ": (zero(zero_hpz_partition_size=2), ["zero_hpz_partition_size = 2", "a host has 1 of the 1 ranks"]),
     "MiCS": (zero(mics_shard_size=2), ["mics_shard_size", "does not support"]),
     "ZenFlow": (zero(zenflow={"topk_ratio": 0.1}), ["zenflow", "does not support"]),
     "quantised weights": (zero(zero_quantized_weights=True), ["zero_quantized_weights", "does not support"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -124,6 +125,13 @@ def test_needs_by_hand():
     assert needs.wire_step == round(0.75 * (2 * 2 * 270 + 2 * 70 + 2 * 10))
     assert needs.wire_draw == round(0.75 * 2 * 4 * 7 + 4 * 10)
     assert rank_needs(method, training, zero, 1).wire_step == 0
+    # Copies on hosts of two ranks: half of the weights more, and between hosts only what trains.
+    copied = rank_needs(method, training, replace(zero, host_ranks=2), 4)
+    assert copied.weights == needs.weights + 2 * sum(-(-numel // 2) for numel in [*method.trained, *method.frozen])
+    assert needs.wire_between == needs.wire_step == copied.wire_step
+    assert copied.wire_between == round(0.75 * 2 * (3 * 70 + 10))
+    one_host = rank_needs(method, training, replace(zero, host_ranks=4), 4)
+    assert one_host.weights == needs.weights
     offloaded = rank_needs(method, training, Zero(stage=3, offload_optimizer=True, persistence_threshold=0), 4)
     assert offloaded.host == offloaded.snapshot + offloaded.optimizer + offloaded.gradients + offloaded.step
     assert offloaded.device < needs.device + offloaded.buffers + offloaded.gathered
