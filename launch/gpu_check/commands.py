@@ -254,6 +254,7 @@ def training_throughput(context: Context, method: str) -> Figures:
     sizes += ["--vocab=128256", "--width=2048", "--layers=8"]
     if context.rehearse:
         sizes = ["--model=model", "--train=pairs.jsonl", "--steps=3", "--batch-size=4", "--micro-batch-size=2"]
+        sizes += ["--sides", "ours", "Trainer"]
     script = REPOSITORY / "tests" / "benchmarks" / "bench_train.py"
     done = subprocess.run(
         [sys.executable, script, "--rounds=1", "--ranks=1", f"--method={method}", *sizes],

@@ -136,7 +136,6 @@ CASES = {
     ),
     "full": partial(same, tune, "full", "method=full", "full_tuning.max_steps=2", *FEW),
     "lora": partial(same, tune, "lora", "method=lora", "lora.max_steps=2", *FEW),
-    "prefix": partial(same, tune, "prefix", "method=prefix", "prefix.max_steps=2", *FEW),
     "resumed": resumed,
     "written rows": written_rows,
     "wrong size": wrong_size,
