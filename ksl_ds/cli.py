@@ -235,10 +235,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ksl-ds: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
     except UserError as error:
-        return _print_error(str(error))
+        _print_error(str(error))
+        return _exit_code(2)
     except Interrupted as error:
         _print_error(str(error))
-        return 128 + signal.SIGTERM
+        return _exit_code(128 + signal.SIGTERM)
     except LostRanks as error:
         # Not by sys.exit: pending collectives would keep the interpreter waiting for the lost ranks.
         print(f"ksl-ds: {error}", file=sys.stderr, flush=True)
@@ -260,7 +261,10 @@ _JOB: dict[str, str] = {}  # the id that all ranks of this job share, once they 
 
 
 def _exit_code(code: int) -> int:
-    """Returns the code on a single rank; among several it exits at once: the end of Python could wait for the others."""
+    """Returns the code on a single rank; among several it exits at once.
+
+    The end of Python could wait for the others, or abort in the threads of the process group, which only `shutdown` ends.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         os._exit(code)
@@ -350,11 +354,10 @@ def _ignore_broken_pipe(stream: TextIO | None) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
-def _print_error(message: str) -> int:
-    """Prints one line on rank 0, as every rank has the same error, and returns the exit code of a user's mistake."""
+def _print_error(message: str) -> None:
+    """Prints one line on rank 0, as every rank has the same error."""
     if os.environ.get("RANK", "0") == "0":
         print(f"ksl-ds: {one_line(message)}", file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == "__main__":
