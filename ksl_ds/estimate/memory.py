@@ -39,8 +39,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ksl_ds.errors import UserError
-
 MOST_RANKS = 1 << 16
 AUTO = 0
 SIZES = {  # of `Zero`, and DeepSpeed's names for them
@@ -87,12 +85,8 @@ class Zero:
         return cls(**settings)
 
     def on_hosts(self, ranks_of_host: int | None) -> Zero:
-        """With the size of the host's copies of weights. Raises UserError where nobody knows it."""
-        if self.host_ranks != AUTO:
-            return self
-        if ranks_of_host is None:
-            raise UserError("the DeepSpeed JSON keeps a copy of the weights on every host (hpZ); say gpus_per_host=N")
-        return replace(self, host_ranks=ranks_of_host)
+        """With the size of the host's copies of weights; as on one host, without copies, where nobody knows it."""
+        return replace(self, host_ranks=ranks_of_host or 1) if self.host_ranks == AUTO else self
 
 
 @dataclass(frozen=True)

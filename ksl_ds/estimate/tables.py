@@ -5,7 +5,7 @@ from __future__ import annotations
 from ksl_ds import distributed
 from ksl_ds.config.schema import EstimateCommand
 from ksl_ds.errors import UserError
-from ksl_ds.estimate.memory import MethodCost, ModelDims, Needs, Zero, fits, min_ranks, rank_needs
+from ksl_ds.estimate.memory import AUTO, MethodCost, ModelDims, Needs, Zero, fits, min_ranks, rank_needs
 from ksl_ds.estimate.plan import (
     RESERVED,
     Estimated,
@@ -22,6 +22,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     training = plan.training()
     zero = plan.zero.on_hosts(command.gpus_per_host)
     between = command.gpus_per_host is not None and command.gpus_per_host < command.gpus
+    unknown = plan.zero.host_ranks == AUTO and command.gpus_per_host is None
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
     memory_rows = []
     traffic_rows = []
@@ -103,10 +104,11 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         + [Column("between hosts")] * between,
         traffic_rows,
         [
+            *(["between hosts: what a host receives from others in a step, without checkpointing."] * between),
+            *(["Hierarchical partitioning (hpZ): frozen weights come from the host's copy."] * (zero.host_ranks > 1)),
             *(
-                ["Hierarchical partitioning (hpZ): frozen weights come from the host's own copy."]
-                if zero.host_ranks > 1
-                else []
+                ["As on one host; gpus_per_host=N counts the copy of the weights that each of several keeps (hpZ)."]
+                * unknown
             ),
             "A step of one micro-batch; each further one (training.batch_size / training.micro_batch_size / GPUs) adds the "
             "same.",
