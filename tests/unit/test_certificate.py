@@ -137,7 +137,7 @@ def test_the_curves_hold_every_point():
     (intervals, of_given) = agreement_axes.collections
     assert len(intervals.get_segments()) == 3 and len(of_given.get_segments()) == 1
     text = svg(figure, "f")
-    for word in ("reconstructed", "union bound", "whole sentences", "the ticket given"):
+    for word in ("reconstructed", "union bound", "whole sentences", "tickets with rows of their own"):
         assert word in text
 
 
