@@ -86,13 +86,13 @@ def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Ca
                 "that differ in the input embedding alone: give the embed-tuned model of this base"
             )
     shard = RowShard(embedding)
-    given = [load_ticket(run, shard, recipe.ticket)] if recipe.ticket is not None else []
-    compared = [load_ticket(run, shard, path) for path in distributed.run_on_rank0(lambda: compared_tickets(recipe))]
-    for ticket in (*given, *compared):
+    paths = [(GIVEN, recipe.ticket)] if recipe.ticket is not None else []
+    paths += [(COMPARED, path) for path in distributed.run_on_rank0(lambda: compared_tickets(recipe))]
+    tickets = [(sequence, load_ticket(run, shard, path)) for sequence, path in paths]
+    for (_, path), (_, ticket) in zip(paths, tickets, strict=True):
         if run.folder.tied and ticket.embedding_scope != recipe.model.embedding_scope:
             raise UserError(
-                f"ticket {recipe.ticket or recipe.certify.comparison} was tuned with "
-                f"model.embedding_scope={ticket.embedding_scope}, which the recipe sets "
+                f"ticket {path} was tuned with model.embedding_scope={ticket.embedding_scope}, which the recipe sets "
                 f"to {recipe.model.embedding_scope}: the output head of this tied model would be another one"
             )
     base_RD = shard.read()
@@ -101,12 +101,12 @@ def predict_candidates(run: RunContext, reference: ModelFolder) -> tuple[list[Ca
     dtype = TORCH_DTYPE[recipe.training.precision]
     shift = replace(sharded_shift(shard, base_RD), tested_dtype=dtype_name(dtype))
     candidates = []
-    for ticket in (*given, *compared):
+    for sequence, ticket in tickets:
         shard.write(base_RD)
         shard.write_rows(torch.tensor(ticket.token_ids), ticket.rows_KD)
-        sequence = GIVEN if ticket in given else COMPARED
         candidates.append(_candidate_of_ticket(run, ticket, shift, sequence))
-    alphas = {*recipe.certify.alphas, *(ticket.alpha for ticket in given if ticket.selection == "alpha")}
+    alphas = set(recipe.certify.alphas)
+    alphas |= {ticket.alpha for sequence, ticket in tickets if sequence == GIVEN and ticket.selection == "alpha"}
     candidates += transfer_candidates(run, shard, shift, base_RD, reference_RD, alphas)
     free_weights(run.model)
     return candidates, shift

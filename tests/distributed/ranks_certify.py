@@ -58,6 +58,13 @@ RUNS = {
         "certify.comparison=comparison",
         "certify.alphas=[.5]",
     ],
+    "both": [
+        "reference=permuted",
+        "text.valid=valid.jsonl",
+        "certify.comparison=comparison",
+        "ticket=tuned",
+        "certify.alphas=[.5]",
+    ],
     "sentence": ["reference=moved", "text.valid=valid.jsonl", "certify.risk=sentence", "certify.epsilon=.2"],
     "few": ["reference=permuted", "ticket=top", "certify.alphas=[]", "text.max_test_pairs=5"],
 }

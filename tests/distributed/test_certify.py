@@ -325,6 +325,15 @@ def test_tuned_tickets_of_a_comparison_are_a_sequence_of_their_own(job):
     assert ticket["name"] == "partial tuning, alpha 0.5" and ticket["risk"] == pytest.approx(sum(losses) / 28)
 
 
+def test_a_ticket_that_is_given_beside_a_comparison_with_the_same_one(job):
+    """Three sequences; the ticket is tested in two of them, with the same losses."""
+    found = results(job / "run_both")["certificate"]["risk"]
+    risks = {sequence["name"]: sequence["tickets"][0]["risk"] for sequence in found["sequences"]}
+    assert set(risks) == {"partial transfer", "ticket given", "tickets compared"}
+    assert risks["ticket given"] == risks["tickets compared"]
+    assert [sequence["confidence"] for sequence in found["sequences"]] == pytest.approx([1 - 0.05 / 3] * 3)
+
+
 def test_risk_is_certified_on_the_calibration_text(job):
     """Losses are those of sentences by hand, p-values those of the pure functions, the ticket is the reference's rows."""
     found = results(job / "run_risk")["certificate"]["risk"]
