@@ -21,11 +21,11 @@ from ksl_ds.config.schema import Draw, EarlyStopping
 from ksl_ds.errors import UserError
 from ksl_ds.files import atomic_folder, write_json
 from ksl_ds.lottery.pvalues import PValueMethod
-from ksl_ds.lottery.ticket import explain_empty, make_ticket
+from ksl_ds.lottery.ticket import explain_empty
 from ksl_ds.lottery.ticket_files import ADAPTER_CONFIG, ADAPTER_MODEL
 from ksl_ds.model.embeddings import embedding_of, head_of, is_dtensor, unwrapped
 from ksl_ds.model.folder import open_model, token_strings
-from ksl_ds.sharding.draw import DrawMonitor, before_rows, ids_of_draw, sharded_shift
+from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard
 from ksl_ds.sharding.rows import RowShard
 
 __all__ = ["DrawCallback", "add_tokens", "save_token_adapter"]
@@ -102,8 +102,7 @@ class DrawCallback(TrainerCallback):
             raise ValueError("DrawCallback: the input embedding is frozen, so no row of it will shift")
         self._shard = RowShard(weight)
         self._before_RD = self._rows_before(resumed=state.global_step > 0)
-        frequency_V = torch.zeros(self._shard.num_rows, dtype=torch.int64)
-        self._monitor = DrawMonitor(self._shard, self._before_RD, self._draw, seed=self._seed, frequency_V=frequency_V)
+        self._monitor = DrawMonitor(self._shard, self._before_RD, self._draw, seed=self._seed, frequency_V=None)
         self._trainer = _trainer_of(self)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -118,27 +117,23 @@ class DrawCallback(TrainerCallback):
         """Draws a last time and writes the ticket."""
         if self._out is None:
             return
-        shift = sharded_shift(self._shard, self._before_RD)
-        nothing_V = torch.zeros(self._shard.num_rows, dtype=torch.int64)
-        ids_K = ids_of_draw(shift, self._draw, seed=self._seed, frequency_V=nothing_V)
-        if not len(ids_K):
-            logger.warning("%s; no ticket is written", explain_empty(shift, self._draw.alpha, self._draw.method))
-            return
         head = _own_head(self._model)
         tied = head is not None and head._parameters.get("weight") is self._embedding._parameters["weight"]
-        base = self._base or getattr(self._model.config, "_name_or_path", None) or None
-        ticket = make_ticket(
-            shift,
-            ids_K,
-            before_rows(self._shard, self._before_RD, ids_K).to(self._shard.dtype),
-            self._shard.read_rows(ids_K),
-            selection="alpha",
-            alpha=self._draw.alpha,
-            method=self._draw.method,
-            tokens=token_strings(self._tokenizer, ids_K.tolist()) if self._tokenizer is not None else None,
+        everything = range(self._shard.num_rows)
+        shift, ticket = draw_from_shard(
+            self._shard,
+            self._before_RD,
+            self._draw,
+            seed=self._seed,
+            frequency_V=None,
+            tokens=token_strings(self._tokenizer, everything) if self._tokenizer is not None else None,
             embedding_scope="shared" if tied else "input",
             source={"stage": "trainer", "steps": state.global_step},
         )
+        if not ticket.token_ids:
+            logger.warning("%s; no ticket is written", explain_empty(shift, self._draw.alpha, self._draw.method))
+            return
+        base = self._base or getattr(self._model.config, "_name_or_path", None) or None
         names = [
             _name_of(self._model, self._embedding),
             _name_of(self._model, head) if head is not None and tied else None,

@@ -8,21 +8,18 @@ Legend: R rows of this rank, D coordinates.
 
 from __future__ import annotations
 
-import textwrap
-
 from torch import Tensor
 
 from ksl_ds import distributed
 from ksl_ds.certificate.calibration import certify_texts, save_certified_ticket
 from ksl_ds.certificate.candidates import rows_of_reference, transfer_candidates
 from ksl_ds.certificate.predictions import predict_texts
-from ksl_ds.certificate.report import risk_curves, risk_section, risk_table
+from ksl_ds.certificate.report import print_risk, risk_curves, risk_section
 from ksl_ds.config.methods import Stage
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, Ticket
 from ksl_ds.model.folder import open_model
 from ksl_ds.report.html import Section
-from ksl_ds.report.tables import print_table, print_text
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.run import RunContext
 from ksl_ds.training.stages import CERTIFIED_TICKET, load_ticket
@@ -62,8 +59,7 @@ def certified_ticket(run: RunContext, shard: RowShard, base_RD: Tensor, shift: S
     assert risk is not None  # check_recipe asks for text.valid
     run.results.certificate = {"risk": risk}
     run.save_results()
-    print_table(risk_table(risk))
-    print_text("\n" + textwrap.fill(risk["sentence"], 100, subsequent_indent="  "))
+    print_risk(risk)
     certified = save_certified_ticket(run, reference, shift, candidates, risk)
     if certified is None:
         what = "The untuned model is certified, so there is no row to train" if risk["smallest"] else risk["sentence"]

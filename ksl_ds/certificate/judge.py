@@ -35,9 +35,9 @@ from ksl_ds.certificate.report import (
     certificate_reading,
     certificate_sections,
     certificate_table,
+    print_risk,
     risk_curves,
     risk_section,
-    risk_table,
 )
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
@@ -196,8 +196,7 @@ def show(
     print_table(content)
     print_text("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
     if risk is not None:
-        print_table(risk_table(risk))
-        print_text("\n" + textwrap.fill(risk["sentence"], 100, subsequent_indent="  "))
+        print_risk(risk)
 
     def write() -> None:
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]

@@ -6,6 +6,7 @@ what is the paper's is called reported, what is ours `reconstructed`, and what c
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,17 @@ from ksl_ds.certificate.criterion import CONFIDENCE, MIN_SENTENCES
 from ksl_ds.config.methods import Stage, label_of
 from ksl_ds.report.html import Section, bullets, figure, table
 from ksl_ds.report.plots import INK, PALETTE, style
-from ksl_ds.report.tables import DASH, Column, Table, count, decimals, probability, visible
+from ksl_ds.report.tables import (
+    DASH,
+    Column,
+    Table,
+    count,
+    decimals,
+    print_table,
+    print_text,
+    probability,
+    visible,
+)
 
 PERCENT = f"{CONFIDENCE:.0%}"
 CLAIMS = {
@@ -256,6 +267,12 @@ def risk_table(risk: Mapping[str, Any]) -> Table:
     sentences = f"{risk['sentences']:,} calibration, {risk['held_out_sentences']:,} held-out sentences"
     title = f"Risk at most {risk['epsilon']:g}? {sentences}"
     return Table(title, columns, cells, [f"risk: {RISKS[risk['risk']]}.", ASSUMED])
+
+
+def print_risk(risk: Mapping[str, Any]) -> None:
+    """Prints the table of the certified risk and what it says."""
+    print_table(risk_table(risk))
+    print_text("\n" + textwrap.fill(risk["sentence"], 100, subsequent_indent="  "))
 
 
 def risk_sentence(risk: Mapping[str, Any]) -> str:

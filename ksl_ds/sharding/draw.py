@@ -109,8 +109,8 @@ def draw_from_shard(
     draw: Draw,
     *,
     seed: int,
-    frequency_V: Tensor,
-    tokens: list[str],
+    frequency_V: Tensor | None,
+    tokens: list[str] | None,
     embedding_scope: str,
     source: dict[str, Any],
 ) -> tuple[Shift, Ticket]:
@@ -127,9 +127,9 @@ def draw_from_shard(
     seed
         For selection "random".
     frequency_V
-        int64 (V,): how often each token occurs in the training text.
+        int64 (V,): how often each token occurs in the training text; None where that is not known.
     tokens
-        V strings, the vocabulary as text.
+        V strings, the vocabulary as text; None where there is no tokenizer.
     embedding_scope
         "input" or "shared", recorded in the ticket.
     source
@@ -148,7 +148,8 @@ def draw_from_shard(
     shift = sharded_shift(shard, before_RD)
     ids_K = ids_of_draw(shift, draw, seed=seed, frequency_V=frequency_V)
     rows_KD = shard.read_rows(ids_K)
-    source = {**source, "train_frequency": frequency_V[ids_K].tolist()}
+    if frequency_V is not None:
+        source = {**source, "train_frequency": frequency_V[ids_K].tolist()}
     return shift, make_ticket(
         shift,
         ids_K,
@@ -157,13 +158,13 @@ def draw_from_shard(
         selection=draw.selection,
         alpha=draw.alpha,
         method=draw.method,
-        tokens=[tokens[i] for i in ids_K.tolist()],
+        tokens=None if tokens is None else [tokens[i] for i in ids_K.tolist()],
         embedding_scope=embedding_scope,
         source=source,
     )
 
 
-def ids_of_draw(shift: Shift, draw: Draw, *, seed: int, frequency_V: Tensor) -> Tensor:
+def ids_of_draw(shift: Shift, draw: Draw, *, seed: int, frequency_V: Tensor | None) -> Tensor:
     """The token ids that a recipe's `draw` selects, int64 (K,). Raises UserError if the rule cannot be applied."""
     try:
         return choose_rows(
@@ -200,7 +201,7 @@ class DrawMonitor:
         As for `draw_from_shard`.
     """
 
-    def __init__(self, shard: RowShard, before_RD: Tensor, draw: Draw, *, seed: int, frequency_V: Tensor):
+    def __init__(self, shard: RowShard, before_RD: Tensor, draw: Draw, *, seed: int, frequency_V: Tensor | None):
         self._shard = shard
         self._before_RD = before_RD
         self._draw = draw

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 
-import pytest
 import torch
-from helpers.hosts import Hosts, said
+from helpers.hosts import said
 from helpers.processes import HANG_SECONDS
 from helpers.tiny import make_model_folder, write_pairs
 
@@ -27,12 +25,6 @@ tracking: {wandb: "off"}
 """
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
 CONSTANT = 100_000  # bytes a step between hosts that no ticket causes: losses, norms, agreement of the ranks, headers
-
-
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with Hosts() as pair:
-        yield pair
 
 
 def test_between_hosts_only_the_ticket_travels(hosts, tmp_path):

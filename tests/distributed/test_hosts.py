@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +30,6 @@ partial_tuning: {learning_rate: 0.1, max_steps: 2}
 evaluation: {batch_size: 4, max_new_tokens: 4}
 tracking: {wandb: "off"}
 """
-
-
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with Hosts() as pair:
-        yield pair
 
 
 @pytest.fixture(scope="module")
