@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -180,6 +180,20 @@ def progress(items: Iterable[Item], label: str, total: int | None = None, done: 
         dynamic_ncols=True,
         file=sys.stderr,
         smoothing=0.05,
+    )
+
+
+def byte_progress(label: str, total: int) -> tqdm[NoReturn]:
+    """A progress bar of bytes with their rate, on rank 0 only, which its caller updates; not shown for what is quick."""
+    return tqdm(
+        desc=label,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=not is_rank0(),
+        dynamic_ncols=True,
+        file=sys.stderr,
     )
 
 

@@ -1,10 +1,8 @@
-"""A local Hugging Face model folder: which tensor is the embedding, and writing a folder with other rows.
+"""A local Hugging Face model folder: which tensor is the embedding, and how a model's parameters are stored.
 
 Choices and what they cost: names come from building the architecture on the meta device and from transformers' rules for
-renaming checkpoint tensors, so any causal model works, at the price of two calls into its loading code (which PEFT uses
-too). Folders are written atomically.
-
-V tokens, D coordinates of an embedding row, K ticket rows.
+renaming checkpoint tensors, so any causal model works, at the price of a few calls into its loading code (which PEFT uses
+too). `write_folder.py` writes folders.
 """
 
 from __future__ import annotations
@@ -12,8 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,14 @@ import torch
 from torch import Tensor
 
 from ksl_ds.errors import UserError, reason_of
-from ksl_ds.files import atomic_folder, read_json, reason
+from ksl_ds.files import read_json
 from ksl_ds.hub import hub_reason
-from ksl_ds.model.safetensors_io import INDEX, SINGLE, Patch, Shards, link_or_copy, patch, write_shard
+from ksl_ds.model.safetensors_io import Shards
 
 TOKENIZER = "tokenizer.json"  # tens of megabytes for large vocabularies
 TOKENIZER_SIDES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 SIDE_FOLDER = "additional_chat_templates"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-Added = tuple[torch.dtype, tuple[int, ...], Iterable[Tensor]]  # the blocks are the tensor, cut along its rows
 
 
 def local_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -149,6 +145,18 @@ def open_model(path: str | Path, revision: str | None = None, *, trust_remote_co
     folder = ModelFolder(local_folder(path, revision), trust_remote_code=trust_remote_code)
     folder.check()
     return folder
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Parameters that are written together, by name, and what they are called in the files.
+
+    One parameter, under one name or several; or those that the files fuse or reshape, such as a layer's experts.
+    """
+
+    parameters: tuple[str, ...]
+    stored: tuple[str, ...]
+    is_fused: bool
 
 
 class ModelFolder(Shards):
@@ -308,8 +316,8 @@ class ModelFolder(Shards):
         name = next(iter(revert_weight_conversion(self.meta_model, {parameter_name: parameter})))
         return name if self._rename(name) == (parameter_name, False) else parameter_name
 
-    def file_tensors(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts a whole model's parameters to the files' names and forms: fused tensors are split again.
+    def file_groups(self, parameters: Iterable[str]) -> list[FileGroup]:
+        """How the parameters of a whole model are written, by their names: in the files' names, forms and order.
 
         A tied matrix gets all of its names in the files. An untied head that is missing in the files is added.
 
@@ -318,39 +326,67 @@ class ModelFolder(Shards):
         UserError
             If the files have a form that transformers cannot write.
         """
-        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.core_model_loading import WeightConverter, apply_converters
 
+        parameters = set(parameters)
         ends = {f"{self.embedding_module}.weight", f"{self.head_module}.weight"}
-        in_files: dict[str, Tensor] = {}
-        fused: dict[str, Tensor] = {}
-        for name, tensor in parameters.items():
+        groups = []
+        fused = []
+        for name in sorted(parameters):
             aliases = [name, *(other for other in self._aliases.get(name, ()) if other not in parameters)]
-            stored = [self.stored_name(alias) for alias in aliases]
-            if any(stored):
-                in_files |= {known: tensor for known in stored if known}
-            elif name in ends:
-                in_files[self.new_name(name)] = tensor
+            stored = [known for known in map(self.stored_name, aliases) if known]
+            if stored or name in ends:
+                groups.append(FileGroup((name,), tuple(stored or [self.new_name(name)]), is_fused=False))
             else:
-                fused[name] = tensor
-        if fused:
-            # As on a loaded model, only the conversions that the files needed are reverted.
-            model = copy.copy(self.meta_model)
-            model._weight_conversions = [rule for rule in self._conversions if rule.was_used()]
-            prefix = model.base_model_prefix
-            for name, tensor in revert_weight_conversion(model, fused).items():
-                candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-                in_files[next((known for known in candidates if known in self.shard_of), name)] = tensor
+                fused.append(name)
+        reverse = [rule.reverse_transform() for rule in reversed(self._used_conversions)]
+        converters = [rule for rule in reverse if isinstance(rule, WeightConverter)]
+        members: dict[str, list[str]] = {}
+        for name in fused:
+            members.setdefault(apply_converters(name, converters)[0], []).append(name)
+        misfits = set()
+        for names in members.values():
+            made = self._unfused({name: self.meta_model.get_parameter(name) for name in names})
+            groups.append(FileGroup(tuple(names), tuple(made), is_fused=True))
+            misfits |= {name for name in made if name in self.shard_of and made[name].shape != self.shape(name)}
+        written = {name for group in groups for name in group.stored}
         stored_parameters = {
             name for name, (target, converted) in self._targets.items() if converted or target in self._parameter_names
         }
         untied = {self.new_name(name) for name in ends} if self.tied else set()
-        differing = (in_files.keys() - self.shard_of.keys() - untied) | (stored_parameters - in_files.keys())
-        if differing:
+        misfits |= (written - self.shard_of.keys() - untied) | (stored_parameters - written)
+        if misfits:
             raise UserError(
-                f"{self.path}: the files store {min(differing)} in another form than transformers writes, so a fully "
+                f"{self.path}: the files store {min(misfits)} in another form than transformers writes, so a fully "
                 "tuned model cannot be saved; load the model with transformers, save it, and use that folder"
             )
-        return in_files
+        # New tensors, which get shards of their own, come last.
+        return sorted(groups, key=lambda group: min((self.shard_of.get(name, "~"), name) for name in group.stored))
+
+    def file_tensors(self, group: FileGroup, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values of one of `file_groups`, by the files' names; fused tensors are split again."""
+        if group.is_fused:
+            return self._unfused({name: parameters[name] for name in group.parameters})
+        return dict.fromkeys(group.stored, parameters[group.parameters[0]])
+
+    def _unfused(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reverts the conversions of loading, only those that the files needed, as transformers does on a loaded model."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        model = copy.copy(self.meta_model)
+        model._weight_conversions = self._used_conversions
+        prefix = model.base_model_prefix
+        tensors = {}
+        for name, tensor in revert_weight_conversion(model, parameters).items():
+            candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            tensors[next((known for known in candidates if known in self.shard_of), name)] = tensor
+        return tensors
+
+    @property
+    def _used_conversions(self) -> list[Any]:
+        """The rules that apply to a tensor of these files."""
+        assert self._targets  # looking the names up marks them
+        return [rule for rule in self._conversions if rule.was_used()]
 
     @cached_property
     def _parameter_names(self) -> set[str]:
@@ -489,145 +525,6 @@ def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """The tokenizer's raw pieces of `ids`; "" for padding rows of the embedding."""
     largest = largest_id(tokenizer)
     return [tokenizer.convert_ids_to_tokens(number) or "" if number <= largest else "" for number in ids]
-
-
-def write_model(
-    base: ModelFolder, out: Path, replace: dict[str, Tensor], config_updates: dict[str, Any] | None = None
-) -> None:
-    """Writes `base` with other values for some tensors, in the dtype of the file.
-
-    Parameters
-    ----------
-    base
-        The model folder to copy.
-    out
-        The folder to create.
-    replace
-        New values by tensor name; a name that `base` lacks (an untied head) is added in its own shard.
-    config_updates
-        Keys of config.json to set, also in a nested text_config that has them.
-
-    Raises
-    ------
-    UserError
-        If `out` exists, or a tensor's shape differs from the one it replaces.
-    """
-    for name, tensor in replace.items():
-        if name in base.shard_of and tuple(tensor.shape) != base.shape(name):
-            raise UserError(f"{name} has shape {base.shape(name)} in {base.path}, not {tuple(tensor.shape)}")
-    patches = {name: [(0, tensor)] for name, tensor in replace.items() if name in base.shard_of}
-    added: dict[str, Added] = {
-        name: (tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in replace.items() if name not in patches
-    }
-    _write(base, out, patches, added, config_updates or {})
-
-
-def write_model_with_rows(base: ModelFolder, out: Path, ids: list[int], rows_KD: Tensor, scope: str) -> None:
-    """Writes `base` with the embedding rows `ids` replaced by `rows_KD`, cast to the dtype of the file.
-
-    A tied base with scope "input" becomes an untied model whose head is the old embedding; with "shared" it stays tied.
-
-    Parameters
-    ----------
-    base
-        The model folder to copy.
-    out
-        The folder to create.
-    ids
-        K token ids.
-    rows_KD
-        Their new rows.
-    scope
-        The ticket's embedding_scope, "input" or "shared".
-
-    Raises
-    ------
-    UserError
-        If `out` exists or cannot be written.
-    """
-    name = base.embedding_name
-    width = base.shape(base.embedding_name)[1]
-    rows = [(number * width, row_D) for number, row_D in zip(ids, rows_KD, strict=True)]
-    patches: dict[str, list[Patch]] = {name: rows}
-    added: dict[str, Added] = {}
-    config_updates: dict[str, Any] = {}
-    if base.tied:
-        in_model = [f"{module}.weight" for module in (base.embedding_module, base.head_module)]
-        in_files = [base.stored_name(parameter) for parameter in in_model]
-        if scope == "shared":
-            patches = {stored: rows for stored in in_files if stored is not None}
-        else:
-            config_updates = {"tie_word_embeddings": False}
-            names = [stored or base.new_name(parameter) for stored, parameter in zip(in_files, in_model, strict=True)]
-            patches = {names[0]: rows}
-            # The missing one becomes a copy of the other, in its own shard.
-            added = {
-                lacking: (base.dtype(name), base.shape(name), base.blocks(name))
-                for lacking in names
-                if lacking not in base.shard_of
-            }
-    _write(base, out, patches, added, config_updates)
-
-
-def _write(
-    base: ModelFolder,
-    out: Path,
-    patches: dict[str, list[Patch]],
-    added: dict[str, Added],
-    config_updates: dict[str, Any],
-) -> None:
-    if base.config_ties and not base.tied:
-        config_updates = {"tie_word_embeddings": False} | config_updates
-    out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} already exists; choose another folder for the model")
-    shards = sorted(set(base.shard_of.values()))
-    total = len(shards) + len(added)
-    numbered = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    new_names = numbered if added else shards
-    new_name_of = dict(zip([*shards, *added], new_names, strict=True))
-    shard_of = {name: new_name_of[shard] for name, shard in base.shard_of.items()}
-    shard_of |= {name: new_name_of[name] for name in added}
-    try:
-        with atomic_folder(out) as draft:
-            for shard in shards:
-                changed = any(shard_of.get(name) == new_name_of[shard] for name in patches)
-                link_or_copy(base.path / shard, draft / new_name_of[shard], link=not changed)
-            for name, (dtype, shape, blocks) in added.items():
-                write_shard(draft / new_name_of[name], name, dtype, shape, blocks)
-            for name, changes in patches.items():
-                patch(draft / shard_of[name], name, changes)
-            if new_names != [SINGLE]:
-                _write_index(draft / INDEX, base, shard_of, added)
-            _copy_side_files(base.path, draft, config_updates)
-    except OSError as error:
-        raise UserError(f"{out} could not be written: {reason(error)}") from None
-
-
-def _write_index(path: Path, base: ModelFolder, shard_of: dict[str, str], added: dict[str, Added]) -> None:
-    sizes = [(torch.Size(base.shape(name)).numel(), base.dtype(name)) for name in base.shard_of]
-    sizes += [(torch.Size(shape).numel(), dtype) for dtype, shape, _ in added.values()]
-    metadata = {
-        "total_parameters": sum(count for count, _ in sizes),
-        "total_size": sum(count * dtype.itemsize for count, dtype in sizes),
-    }
-    index = {"metadata": metadata, "weight_map": dict(sorted(shard_of.items()))}
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_side_files(source: Path, target: Path, config_updates: dict[str, Any]) -> None:
-    """Copies config, tokenizer, generation config, model card and code: all but weights and hidden files."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
-    if (source / SIDE_FOLDER).is_dir():
-        shutil.copytree(source / SIDE_FOLDER, target / SIDE_FOLDER)
-    if config_updates:
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-        for section in (config, config.get("text_config")):
-            if isinstance(section, dict):
-                section.update(config_updates)
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def check_same_model(before: ModelFolder, after: ModelFolder) -> None:

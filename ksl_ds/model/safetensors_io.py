@@ -1,8 +1,9 @@
 """Safetensors shards: reading rows of a tensor, and writing files that differ from others in known places only.
 
-The format is 8 bytes of header length, a JSON header, raw tensors. A changed shard is the old file copied, then patched
-in place: nothing else can differ, and memory stays at one block. Untouched shards are hard links where the file system
-allows: they cost no disk, and share their bytes with the base, so neither may be edited in place.
+The format is 8 bytes of header length, a JSON header, raw tensors. A changed shard is the old file copied, without the
+tensors that are written anew, then written in place: nothing else can differ, and memory stays at one block. Untouched shards
+are hard links where the file system allows: they cost no disk, and share their bytes with the base, so neither may be
+edited in place.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +29,6 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 BLOCK_BYTES = 1 << 26
-
-Patch = tuple[int, Tensor]  # the first changed element of the flattened tensor, and the new values
 
 
 class Shards:
@@ -157,30 +156,23 @@ def link_or_copy(source: Path, target: Path, *, link: bool) -> None:
     shutil.copyfile(source, target)
 
 
-def patch(shard: Path, name: str, changes: list[Patch]) -> None:
-    """Overwrites elements of one tensor of a safetensors file: 8 bytes of header length, JSON header, raw tensors."""
-    with shard.open("r+b") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(header_size))[name]
-        dtype = DTYPES[entry["dtype"]]
-        start = 8 + header_size + entry["data_offsets"][0]
-        for offset, values in changes:
-            file.seek(start + offset * dtype.itemsize)
-            file.write(_raw(values, dtype))
+def copy_shard(source: Path, target: Path, *, leave_out: Collection[str]) -> None:
+    """Copies a safetensors file without the values of some tensors, whose place stays empty for a `ShardWriter`."""
+    with source.open("rb") as old, target.open("wb") as new:
+        begin, header = _read_header(old)
+        size = old.seek(0, os.SEEK_END)
+        new.truncate(size)
+        position = 0
+        for start, stop in [*sorted(header[name]["data_offsets"] for name in leave_out), (size - begin, 0)]:
+            old.seek(position)
+            new.seek(position)
+            while (left := begin + start - position) > 0:
+                position += new.write(old.read(min(left, BLOCK_BYTES)))
+            position = begin + stop
 
 
-def write_shard(shard: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
-    """Writes a safetensors file with one tensor, block by block.
-
-    Parameters
-    ----------
-    shard
-        The file to create.
-    name, dtype, shape
-        Of the tensor.
-    blocks
-        Its values: consecutive rows, converted to `dtype`.
-    """
+def new_shard(shard: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Creates a safetensors file with one tensor, whose place stays empty for a `ShardWriter`."""
     kind = next(kind for kind, known in DTYPES.items() if known is dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
     header = json.dumps(
@@ -189,9 +181,60 @@ def write_shard(shard: Path, name: str, dtype: torch.dtype, shape: tuple[int, ..
     header += b" " * (-len(header) % 8)
     with shard.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for block in blocks:
-            file.write(_raw(block, dtype))
+        file.truncate(8 + len(header) + size)
 
 
-def _raw(values: Tensor, dtype: torch.dtype) -> bytes:
-    return values.detach().cpu().to(dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+class ShardWriter:
+    """Writes into the tensors of a folder's safetensors files, in any order; the file of the last write stays open.
+
+    Parameters
+    ----------
+    folder
+        Where the files are, with their headers.
+    shard_of
+        Each tensor's file.
+    """
+
+    def __init__(self, folder: Path, shard_of: Mapping[str, str]):
+        self._folder = folder
+        self._shard_of = shard_of
+        self._open_shard: str | None = None
+        self._file: BinaryIO | None = None
+        self._begin = 0
+        self._header: dict[str, Any] = {}
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Writes elements from `start` on of a flattened tensor, in the dtype of its file; converts block by block."""
+        file = self._open(self._shard_of[name])
+        entry = self._header[name]
+        dtype = DTYPES[entry["dtype"]]
+        file.seek(self._begin + entry["data_offsets"][0] + start * dtype.itemsize)
+        for block in values.detach().reshape(-1).split(BLOCK_BYTES // max(values.itemsize, dtype.itemsize)):
+            file.write(block.cpu().to(dtype).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Closes the file that is open."""
+        file = self._file
+        self._open_shard = self._file = None
+        if file is not None:
+            file.close()
+
+    def _open(self, shard: str) -> BinaryIO:
+        if self._file is None or shard != self._open_shard:
+            self.close()
+            self._file = (self._folder / shard).open("r+b")
+            self._open_shard = shard
+            self._begin, self._header = _read_header(self._file)
+        return self._file
+
+
+def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """Where the first tensor begins in a safetensors file, and what its header says of each."""
+    size = int.from_bytes(file.read(8), "little")
+    return 8 + size, json.loads(file.read(size))

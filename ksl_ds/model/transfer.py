@@ -14,7 +14,8 @@ from pathlib import Path
 from ksl_ds.config.schema import TransferCommand
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, differing_rows
-from ksl_ds.model.folder import open_model, token_strings, write_model_with_rows
+from ksl_ds.model.folder import open_model, token_strings
+from ksl_ds.model.write_folder import write_model_with_rows
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

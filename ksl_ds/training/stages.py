@@ -9,7 +9,6 @@ Legend: V tokens, D coordinates, R rows of this rank, K ticket rows.
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,23 @@ from ksl_ds.lottery.shift import load_shift, save_shift
 from ksl_ds.lottery.ticket import Shift, Ticket, make_ticket
 from ksl_ds.lottery.ticket_files import CARD
 from ksl_ds.model.adapters import ALL_LINEAR, save_adapter, target_modules, with_adapter
-from ksl_ds.model.folder import token_strings, write_model, write_model_with_rows
+from ksl_ds.model.folder import token_strings
 from ksl_ds.model.published import check_tokenizer_is_llama1, published_ids
 from ksl_ds.model.row_hooks import TrainedRows, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
 from ksl_ds.report.card import licence_of, ticket_card
 from ksl_ds.report.tables import rows_of_ticket
 from ksl_ds.sharding.draw import DrawMonitor, draw_from_shard, ids_of_draw
-from ksl_ds.sharding.partition import full_numel, gathered
+from ksl_ds.sharding.partition import full_numel
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.text.directions import directions_of
 from ksl_ds.training.evaluation import evaluate_stage
 from ksl_ds.training.loop import train
 from ksl_ds.training.run import RunContext
+from ksl_ds.training.saving import save_embedding, save_model
 
 logger = logging.getLogger(__name__)
 
-SAVED_AT_ONCE = 4096  # rows that travel to rank 0 in one piece when an embedding is saved
 DRAW_FILE = "draw.safetensors"
 CERTIFIED_TICKET = "certified_ticket"  # folder of a run
 
@@ -172,7 +171,7 @@ def tune_all(run: RunContext) -> None:
     parameters = list(run.model.parameters())
     out = run.dir / "checkpoints" / Stage.FULL_TUNING
     with distributed.raise_on_all_ranks():
-        run.folder.file_tensors(dict(run.folder.meta_model.named_parameters()))  # can what it trains be written?
+        run.folder.file_groups(name for name, _ in run.model.named_parameters())  # can what it trains be written?
     distributed.reset_peak_memory()
     outcome, _ = train(
         run,
@@ -337,46 +336,6 @@ def untested_ticket(
         embedding_scope=run.recipe.model.embedding_scope,
         source=source,
     )
-
-
-def save_embedding(run: RunContext, shard: RowShard, out: Path) -> None:
-    """Writes the base model with the embedding as `shard` holds it: a whole model folder, untouched files linked.
-
-    Rank 0 holds the matrix in float32 host memory while it writes.
-    """
-    blocks_KD = []
-    for start in range(0, shard.num_rows, SAVED_AT_ONCE):
-        block_KD = shard.read_rows(torch.arange(start, min(start + SAVED_AT_ONCE, shard.num_rows)))
-        if distributed.is_rank0():
-            blocks_KD.append(block_KD)
-    with distributed.raise_on_all_ranks():
-        if distributed.is_rank0():
-            _make_way(out)
-            rows_VD = torch.cat(blocks_KD)
-            write_model_with_rows(run.folder, out, list(range(len(rows_VD))), rows_VD, run.recipe.model.embedding_scope)
-
-
-def save_model(run: RunContext, out: Path) -> None:
-    """Writes the model as it stands: rank 0 gathers tensor by tensor and holds them in host memory while it writes."""
-    parameters = {}
-    for name, parameter in run.model.named_parameters():
-        with gathered([parameter]):
-            if distributed.is_rank0():
-                parameters[name] = parameter.detach().cpu().clone()
-    untied = run.folder.tied and not run.model.config.tie_word_embeddings
-    with distributed.raise_on_all_ranks():
-        if distributed.is_rank0():
-            _make_way(out)
-            write_model(
-                run.folder, out, run.folder.file_tensors(parameters), {"tie_word_embeddings": False} if untied else None
-            )
-
-
-def _make_way(out: Path) -> None:
-    """A stage that was cut off while or after saving leaves what it saved; it is written anew."""
-    out.parent.mkdir(exist_ok=True)
-    for left in (out, *out.parent.glob(f".{out.name}.draft-*")):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def card_of(run: RunContext, ticket: Ticket, stage: Stage | None = None) -> str:

@@ -12,7 +12,7 @@ import torch
 from helpers.html_requests import Page
 from helpers.processes import launch, run, succeeds
 from helpers.runs import prepare_job
-from helpers.tiny import SENTENCES, make_model_folder, write_pairs
+from helpers.tiny import SENTENCES, make_model_folder, write_model, write_pairs
 from sacrebleu.metrics.chrf import CHRF
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +21,8 @@ from ksl_ds.certificate.criterion import clopper_pearson
 from ksl_ds.certificate.risk import risk_pvalue
 from ksl_ds.lottery.pvalues import critical_count
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
-from ksl_ds.model.folder import ModelFolder, write_model, write_model_with_rows
+from ksl_ds.model.folder import ModelFolder
+from ksl_ds.model.write_folder import write_model_with_rows
 from ksl_ds.text.corpus import Pair
 from ksl_ds.text.prompt import Prompt
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.processes import launch, run, succeeds
-from helpers.tiny import make_model_folder
+from helpers.tiny import make_model_folder, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,7 @@ from ksl_ds.commands import transfer
 from ksl_ds.config.schema import TransferCommand
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
-from ksl_ds.model.folder import ModelFolder, token_strings, write_model
+from ksl_ds.model.folder import ModelFolder, token_strings
 
 IDS = [3, 17, 64, 130]
 

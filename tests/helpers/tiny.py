@@ -13,6 +13,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ksl_ds.model.folder import ModelFolder
+from ksl_ds.model.write_folder import Changes, folder_writer
+
 SENTENCES = [
     ("the cat sees the dog", "le chat voit le chien"),
     ("the dog sees the bird", "le chien voit l oiseau"),
@@ -106,3 +109,10 @@ def write_pairs(path: Path, repeat: int = 1) -> Path:
     """SENTENCES as JSON lines with the columns source and target."""
     path.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for _ in range(repeat) for s, t in SENTENCES))
     return path
+
+
+def write_model(base: ModelFolder, out: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes BASE with other values for some tensors, by their names in the files."""
+    with folder_writer(base, out, Changes(rewritten=tensors)) as write:
+        for name, values in tensors.items():
+            write(name, 0, values)

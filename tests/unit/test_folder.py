@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,16 +19,11 @@ from transformers import conversion_mapping as CONVERSIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ksl_ds.errors import UserError
-from ksl_ds.model import folder as folder_module
-from ksl_ds.model import safetensors_io as shards_module
-from ksl_ds.model.folder import (
-    ModelFolder,
-    local_folder,
-    open_model,
-    token_strings,
-    write_model,
-    write_model_with_rows,
-)
+from ksl_ds.model import write_folder
+from ksl_ds.model.folder import ModelFolder, local_folder, open_model, token_strings
+from ksl_ds.model.safetensors_io import ShardWriter
+from ksl_ds.model.write_folder import Changes, folder_writer, write_model_with_rows
+from ksl_ds.training.saving import save_model
 
 IDS = [3, 17, 130]
 
@@ -148,7 +144,8 @@ def test_flat_offsets_exceed_32_bits(tmp_path):
         file.write(torch.tensor([1.5, 2.5], dtype=torch.float16).view(torch.uint8).numpy().tobytes())
     base = ModelFolder(path)
     assert base.read_flat("big", rows * columns - 3, rows * columns).tolist() == [0, 1.5, 2.5]
-    shards_module.patch(path / "model.safetensors", "big", [(rows * columns - 2, torch.tensor([7.0]))])
+    with ShardWriter(path, base.shard_of) as writer:
+        writer.write("big", rows * columns - 2, torch.tensor([7.0]))
     assert ModelFolder(path).read_flat("big", rows * columns - 3, rows * columns).tolist() == [0, 7, 2.5]
 
 
@@ -312,17 +309,25 @@ def test_untouched_shards_are_linked_or_copied(tmp_path, monkeypatch, linkable):
     assert loaded(path)["model.embed_tokens.weight"].abs().max() < 1  # the base is what it was
 
 
-def test_write_model_replaces_and_adds_tensors(tmp_path):
+def test_tensors_are_replaced_and_added(tmp_path):
     base = ModelFolder(make_model_folder(tmp_path / "base", tied=True, dtype=torch.bfloat16, max_shard_size="20KB"))
     norm = "model.norm.weight"
     head = torch.randn(134, 32).bfloat16()
-    replace = {norm: torch.full((32,), 0.3), "lm_head.weight": head}
-    write_model(base, tmp_path / "out", replace, {"tie_word_embeddings": False})
+    added = {"lm_head.weight": (torch.bfloat16, (134, 32))}
+    changes = Changes(rewritten=[norm], added=added, config={"tie_word_embeddings": False})
+    with folder_writer(base, tmp_path / "out", changes) as write:
+        write("lm_head.weight", 32 * 70, head[70:])
+        write(norm, 0, torch.full((32,), 0.3))
+        write("lm_head.weight", 0, head[:70])
     state = loaded(tmp_path / "out")
     expected = loaded(base.path) | {norm: torch.full((32,), 0.3).bfloat16(), "lm_head.weight": head}
     assert all(same(state[name], expected[name]) for name in expected)
-    with pytest.raises(UserError, match=r"model.norm.weight has shape \(32,\)"):
-        write_model(base, tmp_path / "other", {norm: torch.ones(31)})
+    with (
+        pytest.raises(AssertionError, match="'model.norm.weight': 1"),
+        folder_writer(base, tmp_path / "other", changes) as write,
+    ):
+        write("lm_head.weight", 0, head)
+        write(norm, 0, torch.ones(31))
     assert not (tmp_path / "other").exists()
 
 
@@ -346,15 +351,15 @@ def test_existing_output_is_refused_and_kept(tmp_path):
     assert [file.name for file in out.iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize("step", ["patch", "write_shard", "_write_index", "_copy_side_files"])
+@pytest.mark.parametrize("step", ["link_or_copy", "new_shard", "ShardWriter.write", "_write_index", "_copy_side_files"])
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, step):
     base = ModelFolder(make_model_folder(tmp_path / "base", tied=True, max_shard_size="20KB"))
     before = {file.name: file.read_bytes() for file in base.path.iterdir()}
 
-    def no_space(*_):
+    def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder_module, step, no_space)
+    monkeypatch.setattr(f"{write_folder.__name__}.{step}", no_space)
     with pytest.raises(UserError, match="out could not be written: No space left on device"):
         write_model_with_rows(base, tmp_path / "out", IDS, torch.ones(3, 32), "input")
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
@@ -537,7 +542,7 @@ def assert_whole_model_is_written(base: ModelFolder, out: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) / 10)
-    write_model(base, out, base.file_tensors(dict(model.named_parameters())))
+    save_model(SimpleNamespace(folder=base, model=model), out)
     again, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     expected, written = (dict(each.named_parameters()) for each in (model, again))

@@ -22,7 +22,8 @@ from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Ticket, draw_ticket
 from ksl_ds.model.adapters import save_adapter
-from ksl_ds.model.folder import ModelFolder, write_model_with_rows
+from ksl_ds.model.folder import ModelFolder
+from ksl_ds.model.write_folder import write_model_with_rows
 from ksl_ds.training import stages
 
 
