@@ -6,6 +6,7 @@ from ksl_ds import distributed
 from ksl_ds.config.schema import Recipe
 from ksl_ds.environment import hardware_and_versions
 from ksl_ds.errors import UserError
+from ksl_ds.estimate.memory import Zero
 from ksl_ds.preflight.checks import (
     Checklist,
     config_of_rank_0,
@@ -22,6 +23,7 @@ from ksl_ds.preflight.checks import (
     text_check,
     versions_line,
 )
+from ksl_ds.preflight.traffic import bandwidth_check, ranks_of_copy, traffic_check
 from ksl_ds.report.tables import print_text
 
 
@@ -41,12 +43,17 @@ def main(recipe: Recipe) -> None:
         longest = text_check(checks, recipe, folder)
     memory = smallest_device(checks)
     shared_check(checks, recipe)
+    zero = Zero.of(distributed.broadcast_from_rank0(configs[0] if configs else None) or {})
+    copies = ranks_of_copy(checks, zero)
+    bandwidth = bandwidth_check(checks, recipe, copies)
     if distributed.is_rank0():
         scores_and_wandb(checks, recipe)
         if folder is not None:
             memory_check(checks, recipe, longest, memory)
             disk_check(checks, recipe, folder)
             if configs is not None:
+                if bandwidth is not None:
+                    traffic_check(checks, recipe, bandwidth, zero, copies)
                 resume_check(checks, recipe, folder, configs[0])
     checks.failed = distributed.broadcast_from_rank0(checks.failed)
     if checks.failed:

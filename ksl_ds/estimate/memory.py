@@ -25,7 +25,8 @@ partitioned into N parts, rounded up:
                  weights after the backward pass of its last matrix, so all but that one come once more. Below stage 3: 2 b
                  T (N-1)/N of gradients, all-reduced, and half as much of new weights in stages 1 and 2
     between      of it what a host receives from others: as much as a rank, since a ring enters a host once. With hpZ frozen
-                 weights come from the host, so only the trained ones and their gradients: 3 b T (N-1)/N
+                 weights come from the host, so only the trained ones and their gradients: 3 b T (N-1)/N; the rest is
+                 `within` the host, with (H-1)/H
     wire, draw   one int32 for each of V tokens, all-reduced: 8 V (N-1)/N, and a row of 4 D at most (sharding/draw.py)
 
 The optimizer's step and the forward and backward passes are not at the same time, so the peak is the states, the buffers,
@@ -125,7 +126,9 @@ class Needs:
     working: int | None
     snapshot: int
     wire_step: int
-    wire_between: int
+    wire_between: int  # of wire_step: in collectives of all ranks
+    wire_within: int  # of wire_step: in collectives of the ranks that share a copy (hpZ)
+    wire_gradients: int  # of wire_between: reduced, not gathered
     wire_draw: int
     device: int
     host: int
@@ -166,7 +169,9 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
         wire_step = b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
     else:
         wire_step = b * trained * (3 if zero.stage else 2)
-    wire_between = min(wire_step, b * (3 * trained + kept_whole)) if has_copies else wire_step
+    between = min(wire_step, b * (3 * trained + kept_whole)) if has_copies else wire_step
+    wire_between = round(between * moved)
+    wire_within = round((wire_step - between) * (zero.host_ranks - 1) / zero.host_ranks) if has_copies else 0
     wire_draw = 8 * training.vocab_size * moved + (4 * training.width if ranks > 1 and sharded else 0)
 
     on_host = set()
@@ -184,8 +189,10 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
         gathered=gathered,
         working=method.working,
         snapshot=snapshot,
-        wire_step=round(wire_step * moved),
-        wire_between=round(wire_between * moved),
+        wire_step=wire_between + wire_within,
+        wire_between=wire_between,
+        wire_within=wire_within,
+        wire_gradients=round(b * trained * moved),
         wire_draw=round(wire_draw),
         device=device,
         host=snapshot + sum(sizes[name] for name in on_host),

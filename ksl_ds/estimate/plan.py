@@ -109,7 +109,7 @@ class Plan:
         weight = self.meta_model().get_input_embeddings().weight
         return MethodCost(Estimated.EMBED, [weight.numel()], [], 0, snapshots=True)
 
-    def method(self, name: Estimated, *, checkpointing: bool) -> MethodCost:
+    def method(self, name: Estimated, *, checkpointing: bool, dry_run: bool = True) -> MethodCost:
         """What method `name` trains, and the peak of its dry run. Raises UserError if the architecture does not support it."""
         model = self.meta_model()
         if checkpointing:
@@ -118,7 +118,7 @@ class Plan:
         linear = linear_of_stage(self.zero.stage)
 
         def passes() -> dict[str, Any]:
-            if self.too_slow:
+            if self.too_slow or not dry_run:
                 return {"working": None, "unknown": self.too_slow}
             try:
                 working = step_bytes(

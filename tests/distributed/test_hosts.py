@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -60,16 +61,32 @@ def test_two_hosts_draw_the_ticket_of_one(hosts, job, ticket_of_one_host, slots)
     assert [hosts.processes(name) for name in hosts.names] == [[], []]
 
 
-def test_check_finds_a_run_folder_that_is_not_shared(hosts, job):
+def test_check_measures_the_cable_and_finds_a_run_folder_that_is_not_shared(hosts, job):
+    """What all ranks receive goes through a slow cable, what a host's ranks send each other does not."""
+    megabits = 40
+    hosts.limit(megabits)
     (job / "runs").mkdir()
-    words = ("check", "recipe.yaml", "run_dir=runs/new", "num_ranks=2")
-    for own, status in ((None, "ok"), (job / "runs", "failed")):
-        launchers = hosts.start(job, 1, *words, own=own)
+    words = ("check", "recipe.yaml", "run_dir=runs/new")
+    for own, slots, status in ((None, 2, "ok"), (job / "runs", 1, "failed")):
+        launchers = hosts.start(job, slots, *words, f"num_ranks={2 * slots}", own=own)
         codes = [launcher.wait(timeout=HANG_SECONDS) for launcher in launchers]
-        (line,) = [line for line in (job / "out0").read_text().splitlines() if line[8:].startswith(" run_dir ")]
+        shown = (job / "out0").read_text().splitlines()
+        (line,) = [line for line in shown if line[8:].startswith(" run_dir ")]
         assert line.startswith(status) and ("must be on a shared file system" in line) == (status == "failed")
         assert (codes[0] == 0) == (status == "ok"), said(job)
         assert list((job / "runs").iterdir()) == []
+        network, *traffic = [line[20:] for line in shown if line[8:].startswith((" network", " traffic"))]
+        among_all = re.match(r"between hosts (\S+) Gbit/s by all-gather, ", network)
+        assert among_all and 0.5 * megabits < 1000 * float(among_all[1]) < 1.5 * megabits
+        within = re.search(r"; within a host (\S+) Gbit/s by all-gather$", network)
+        hpz = "; with hpZ "
+        if slots == 1:  # a copy on each host would be the whole model for every rank
+            assert within is None and not any(hpz in line for line in traffic)
+            continue
+        assert within and 1000 * float(within[1]) > 1.5 * megabits
+        for name, line in zip(("embed", "ticket, rows"), traffic, strict=True):
+            plain = rf"{name}: a step receives [\d.]+ KiB between hosts in [\d.]+ s \(this recipe\)"
+            assert re.match(plain + hpz + r"[\d.]+ KiB between hosts and [\d.]+ KiB within in ", line)
 
 
 def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> list[subprocess.Popen]:

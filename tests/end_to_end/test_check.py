@@ -76,6 +76,7 @@ def test_all_is_well(job, capsys):
         "disk",
     ):
         assert any(line.startswith(f"ok       {what} ") for line in shown), what
+    assert not any(line[9:].startswith(("network", "traffic")) for line in shown)  # a single rank
     assert not (job / "run").exists()
 
 
@@ -183,6 +184,11 @@ def test_under_the_launcher(job):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "2 respond" in done.stdout and "num_ranks=3" in done.stdout and "nowhere.jsonl" in done.stdout
     assert done.stderr.count("ksl-ds: 2 checks failed") == 1
+    # One host: no word about others, nor about copies of the weights on each.
+    (network,) = [line for line in done.stdout.splitlines() if line.startswith("ok       network")]
+    assert "within the host" in network and "between" not in network
+    traffic = [line for line in done.stdout.splitlines() if line.startswith("ok       traffic")]
+    assert len(traffic) == 2 and not any("hosts" in line or "hpZ" in line for line in traffic)
 
 
 def test_the_papers_recipe_runs_on_a_tiny_model(job):

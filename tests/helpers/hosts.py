@@ -57,6 +57,16 @@ class Hosts:
         """Pulls the cable: packets are lost, nobody is told."""
         ip("-n", self.names[1], "link", "set", self.names[1], "down")
 
+    def limit(self, megabits: int) -> None:
+        """Makes the cable slow, each way; skips the test where the system cannot."""
+        try:
+            for name in self.names:
+                bucket = ("rate", f"{megabits}mbit", "burst", "64kb", "latency", "100ms")
+                command = ["tc", "-n", name, "qdisc", "add", "dev", name, "root", "tbf", *bucket]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"links cannot be limited here: {getattr(error, 'stderr', '') or error}")
+
     def bytes_between(self) -> int:
         """What has gone through the cable so far, both ways."""
         name = self.names[0]

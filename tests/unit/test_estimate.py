@@ -128,8 +128,13 @@ def test_needs_by_hand():
     # Copies on hosts of two ranks: half of the weights more, and between hosts only what trains.
     copied = rank_needs(method, training, replace(zero, host_ranks=2), 4)
     assert copied.weights == needs.weights + 2 * sum(-(-numel // 2) for numel in [*method.trained, *method.frozen])
-    assert needs.wire_between == needs.wire_step == copied.wire_step
+    assert needs.wire_between == needs.wire_step and needs.wire_within == 0
+    assert needs.wire_gradients == copied.wire_gradients == round(0.75 * 2 * 70)
     assert copied.wire_between == round(0.75 * 2 * (3 * 70 + 10))
+    assert (
+        copied.wire_within == 0.5 * 2 * 2 * 200
+    )  # frozen weights but the norm, twice, half of them from the neighbour
+    assert copied.wire_step == copied.wire_between + copied.wire_within
     one_host = rank_needs(method, training, replace(zero, host_ranks=4), 4)
     assert one_host.weights == needs.weights
     offloaded = rank_needs(method, training, Zero(stage=3, offload_optimizer=True, persistence_threshold=0), 4)
