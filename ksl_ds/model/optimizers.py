@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
-from ksl_ds.sharding.masters import hidden_master
+from ksl_ds.sharding.masters import hidden_master, holder_of
 from ksl_ds.sharding.rows import master_part
 
 # Add `weight_decay` times the weight to its gradient, unless a group has `decoupled_weight_decay`.
@@ -49,14 +49,11 @@ def stepped_part(optimizer: Optimizer, weight: nn.Parameter, *, search: bool = F
     if search:
         hidden_master(weight)
     flat, start = master_part(weight, search=False)
-    wanted = _span(flat)
-    if wanted is None or flat.numel() == 0:
-        return None
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            held = _span(parameter)
-            if held is not None and held[0] == wanted[0] and held[1] <= wanted[1] and wanted[2] <= held[2]:
-                return Stepped(group, parameter, flat, start, (wanted[1] - held[1]) // flat.element_size())
+        found = holder_of(flat, group["params"])
+        if found is not None:
+            parameter, offset = found
+            return Stepped(group, parameter, flat, start, offset)
     return None
 
 
@@ -116,13 +113,3 @@ def decay_of_step(
     kept = float(after @ before / (before @ before))
     rounding = 4 * torch.finfo(after_S.dtype).eps * before.abs()
     return 1 - kept if bool(((after - kept * before).abs() <= rounding).all()) else None
-
-
-def _span(tensor: Any) -> tuple[int, int, int] | None:
-    """A tensor's storage, and the range of its bytes in it; None for one without contiguous memory."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
-        return None
-    if not tensor.is_contiguous():
-        return None
-    begin = tensor.storage_offset() * tensor.element_size()
-    return tensor.untyped_storage().data_ptr(), begin, begin + tensor.nbytes

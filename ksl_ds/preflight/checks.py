@@ -31,7 +31,6 @@ from ksl_ds.model.folder import ModelFolder, local_folder, open_model
 from ksl_ds.model.methods import prepare_method
 from ksl_ds.report.tables import print_text, size
 from ksl_ds.report.tracking import tracking_mode, why_offline
-from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
 from ksl_ds.text.batches import check_positions
 from ksl_ds.text.corpus import Split
@@ -331,9 +330,6 @@ def resume_check(checks: Checklist, recipe: Recipe, folder: ModelFolder, config:
     try:
         before = previous_results(run_dir, recipe)
         check_inputs(run_dir, recipe, inputs_of(recipe, folder, config))
-        for steps in sorted((run_dir / "checkpoints").glob("*_steps")):
-            by_rows = steps.name == "partial_tuning_steps" and recipe.partial_tuning.mode == "rows"
-            Checkpoints(steps, recipe.checkpoint.keep_last).check_newest(any_world_size=by_rows)
     except UserError as error:
         checks.add("failed", "resume", str(error))
     else:

@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +34,6 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 class TrainingState(Protocol):
     """The part of a checkpoint that depends on the training method; see states.py. Methods are collective."""
-
-    any_world_size: bool  # whether another number of ranks can load it
 
     def bytes_of_rank(self) -> int:
         """About how many bytes this rank will write."""
@@ -116,7 +113,7 @@ class Checkpoints:
         Raises
         ------
         UserError
-            On every rank, if it was written by another number of ranks and cannot be repartitioned.
+            On every rank, if it is of another training run.
         """
         for folder in distributed.broadcast_from_rank0(self._newest_first()):
             damage = self._damage(folder)
@@ -124,20 +121,11 @@ class Checkpoints:
                 logger.warning(f"checkpoint {folder} is damaged ({damage}); trying the previous one")
                 continue
             state = read_json(folder / STATE)
-            check_ranks(folder, state["world_size"], training.any_world_size)
             training.load(folder)
             if state["world_size"] == distributed.world_size():
                 _set_generators(safetensors.torch.load_file(folder / f"rank-{distributed.rank():05d}.safetensors"))
             return state
         return None
-
-    def check_newest(self, any_world_size: bool) -> None:
-        """Raises UserError if the newest checkpoint needs another number of ranks; `load` checks for damage."""
-        for folder in self._newest_first()[:1]:
-            ranks = distributed.world_size()
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                ranks = read_json(folder / STATE)["world_size"]
-            check_ranks(folder, ranks, any_world_size)
 
     def remove(self) -> None:
         """Deletes all checkpoints, after the stage's result is saved. Collective."""
@@ -225,15 +213,6 @@ class Checkpoints:
         except (ValueError, TypeError, AttributeError):
             found = f"{MANIFEST} is not a manifest"
         return next(filter(None, distributed.gather_objects(found)), None)
-
-
-def check_ranks(folder: Path, ranks: int, any_world_size: bool) -> None:
-    """Raises UserError if a checkpoint written by `ranks` ranks cannot be loaded by the current number."""
-    if ranks != distributed.world_size() and not any_world_size:
-        raise UserError(
-            f"checkpoint {folder} was written by {ranks} ranks, and DeepSpeed cannot repartition it to "
-            f"{distributed.world_size()}; start {ranks} ranks (only partial_tuning.mode=rows can change the number)"
-        )
 
 
 def _generators() -> dict[str, torch.Tensor]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ksl_ds.sharding.partition import is_partitioned
@@ -62,6 +63,28 @@ def refresh_hidden_master(parameter: Any) -> None:
     if master is not None:
         with torch.no_grad():
             master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter.float()))
+
+
+def holder_of(part: Tensor, tensors: Iterable[Any]) -> tuple[Tensor, int] | None:
+    """Which of the tensors has a part's memory, and the part's offset in it, in elements; None for none, or an empty part."""
+    wanted = _memory(part)
+    if wanted is None or part.numel() == 0:
+        return None
+    for tensor in tensors:
+        held = _memory(tensor)
+        if held is not None and held[0] == wanted[0] and held[1] <= wanted[1] and wanted[2] <= held[2]:
+            return tensor, (wanted[1] - held[1]) // part.element_size()
+    return None
+
+
+def _memory(tensor: Any) -> tuple[int, int, int] | None:
+    """A tensor's storage, and the range of its bytes in it; None for one without contiguous memory."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return None
+    if not tensor.is_contiguous():
+        return None
+    begin = tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), begin, begin + tensor.nbytes
 
 
 def live_wrappers() -> list[Any]:

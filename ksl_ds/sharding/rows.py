@@ -109,6 +109,26 @@ def master_part(parameter: Any, *, search: bool = True) -> tuple[Tensor, int]:
     return (parameter.detach() if master is None else master).view(-1), 0
 
 
+def copies_of(parameter: Any) -> list[tuple[Tensor, Span]]:
+    """Every flat tensor on this rank that holds values of a parameter, a view, with its span. Raises as `master_part`."""
+    flat, start = master_part(parameter)
+    copies = [(flat, Span(start, start + flat.numel()))]
+    if is_partitioned(parameter):
+        copies.append((parameter.ds_tensor.detach()[: flat.numel()], copies[0][1]))
+    else:
+        weights = parameter.detach().view(-1)
+        if weights.data_ptr() != flat.data_ptr():  # the optimizer has masters
+            copies.append((weights, Span(0, weights.numel())))
+    return copies
+
+
+def drop_gathered(parameter: Any) -> None:
+    """After a write: drops a gathered copy of a small parameter, and the host's copy under hpZ, which would be stale."""
+    if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+        parameter.partition()
+    drop_host_copy(parameter)
+
+
 def is_stepped_by_zero(parameter: Any) -> bool:
     """Whether ZeRO stages 1 to 3 step a parameter, on this or another rank."""
     return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
@@ -211,12 +231,12 @@ class RowShard:
         )
         for rank, span in incoming.items():
             cut(flat, held, span).copy_(pieces[rank])
-        store(flat, held, self._copies())
-        self._release()
+        store(flat, held, copies_of(self._parameter))
+        drop_gathered(self._parameter)
 
     def _write_everywhere(self, rows_RD: Tensor) -> None:
         """Broadcasts each owner's rows in blocks, since every rank holds the whole matrix."""
-        copies = self._copies()
+        copies = copies_of(self._parameter)
         for owner, rows_of_owner in enumerate(self._rows):
             for rows in blocks_of(rows_of_owner, self.rows_of_a_block()):
                 block_BD = torch.empty(rows.size, self.row_length, device=distributed.device())
@@ -240,10 +260,10 @@ class RowShard:
 
     def write_rows(self, ids: Tensor, rows_KD: Tensor) -> None:
         """Writes rows `ids` to the fp32 masters and the weights; every rank passes the same ids and rows (K, D)."""
-        copies = self._copies()
+        copies = copies_of(self._parameter)
         for row, row_D in zip(map(self._row, ids.tolist()), rows_KD, strict=True):
             store(row_D, row, copies)
-        self._release()
+        drop_gathered(self._parameter)
 
     def held(self) -> Span:
         """The elements of the flattened matrix whose master values this rank holds."""
@@ -283,24 +303,6 @@ class RowShard:
         mine = {owner: span for (holder, owner), span in moves.items() if holder == distributed.rank()}
         theirs = {holder: span for (holder, owner), span in moves.items() if owner == distributed.rank()}
         return mine, theirs
-
-    def _copies(self) -> list[tuple[Tensor, Span]]:
-        """Every flat tensor on this rank that holds values of the parameter, with its span."""
-        flat, start = master_part(self._parameter)
-        copies = [(flat, Span(start, start + flat.numel()))]
-        if is_partitioned(self._parameter):
-            copies.append((self._parameter.ds_tensor.detach()[: flat.numel()], copies[0][1]))
-        else:
-            weights = self._parameter.detach().view(-1)
-            if weights.data_ptr() != flat.data_ptr():  # the optimizer has masters
-                copies.append((weights, Span(0, weights.numel())))
-        return copies
-
-    def _release(self) -> None:
-        """Frees a gathered copy of a small parameter, and the host's copy under hpZ, which would be stale."""
-        if hasattr(self._parameter, "ds_status") and self._parameter.ds_status.name == "AVAILABLE":
-            self._parameter.partition()
-        drop_host_copy(self._parameter)
 
     def _elements(self, rows: Span) -> Span:
         return Span(rows.start * self.row_length, rows.stop * self.row_length)

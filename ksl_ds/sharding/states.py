@@ -1,218 +1,247 @@
 """The state of a training run in a checkpoint, for a bit-identical resume: trained weights, moments, schedule, loss scale.
 
-`EngineState` is DeepSpeed's own checkpoint without frozen weights, for every method; it needs the same number of ranks.
-`MatrixState` is for one small matrix that trains alone, a ticket's rows: three whole (K, D) matrices, kilobytes, which any
-number of ranks can load.
-DeepSpeed's files are pickles. torch's restricted unpickler reads them: it allows tensors, plain values and the three classes
-below, and runs no code.
+ZeRO cuts these differently for every stage and number of ranks. So each rank writes what it holds as pieces whose names say
+where they belong, `KIND/START/PARAMETER` with KIND one of values, exp_avg, exp_avg_sq, step, and each rank of a later run
+reads the pieces that it needs from all files: any number of ranks can load a checkpoint.
 
-Legend: K rows, D elements of a row; `flat` is this rank's part of the flattened matrix.
+Choices and what they cost: own safetensors files instead of DeepSpeed's, which are pickles and need the same number of ranks
+(its universal checkpoints are made of them by another program). A rank copies about 3 GB to host memory at a time. All ranks
+need a shared file system.
+
+Legend: `flat` is a part of a flattened parameter, a span the elements of the parameter that it holds.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ksl_ds import distributed
-from ksl_ds.errors import UserError
-from ksl_ds.sharding.partition import is_partitioned
-from ksl_ds.sharding.rows import RowShard
+from ksl_ds.errors import UserError, reason_of
+from ksl_ds.files import Count, Number, Record, read_json, record_of, write_text
+from ksl_ds.sharding.geometry import Span, blocks_of, zero3_parts
+from ksl_ds.sharding.masters import holder_of
+from ksl_ds.sharding.partition import full_numel
+from ksl_ds.sharding.rows import copies_of, cut, drop_gathered, is_stepped_by_zero, master_part, store
 
-ENGINE_FOLDER, MATRIX_FILE = "deepspeed", "rows.safetensors"
+SCHEDULE_FILE = "schedule.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ELEMENTS_OF_A_PIECE = 1 << 26
+ELEMENTS_OF_A_FILE = 1 << 28
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """Reads an engine's files without running pickled code, and writes them without leaving other ranks in a barrier.
+class _Schedule(Record):
+    """schedule.json."""
 
-    A write error is kept in `failure` until all ranks have written.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self.failure: OSError | None = None
-        self.written: list[Path] = []
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Writes one file. Keeps an OSError in `failure` instead of raising it."""
-        try:
-            super().save(_without_enums(state_dict), path)
-            self.written.append(Path(path))
-        except OSError as error:
-            self.failure = error
-        except RuntimeError as error:  # what torch makes of a full disk
-            self.failure = OSError(str(error))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads one file by torch's restricted unpickler."""
-        with torch.serialization.safe_globals(_deepspeed_classes()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+    label: list[Count] | None
+    last_epoch: Count
+    last_lr: list[Number]
+    loss_scale: dict[str, Number | bool]
 
 
-def _deepspeed_classes() -> list[Any]:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.utils.tensor_fragment import fragment_address
+class _Piece(NamedTuple):
+    """A span of a parameter in a file; the file has the same span of its moments if the optimizer has stepped it."""
 
-    return [DynamicLossScaler, LossScaler, fragment_address]
-
-
-def _without_enums(value: Any) -> Any:
-    """`value` with the enums in its dicts replaced by their values: Python 3.11.0 to 3.11.3 pickle them as getattr calls."""
-    if isinstance(value, Enum):
-        return value.value
-    return {name: _without_enums(item) for name, item in value.items()} if type(value) is dict else value
+    file: str
+    span: Span
+    stepped: bool
 
 
-def _refuse_code(folder: Path) -> None:
-    """Raises UserError on every rank if a pickle in `folder` would run code; the files are divided over the ranks."""
-    allowed = {f"{known.__module__}.{known.__qualname__}" for known in _deepspeed_classes()}
-    message = None
-    for path in sorted(folder.rglob("*.pt"))[distributed.rank() :: distributed.world_size()]:
-        try:
-            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
-        except ValueError:  # a bare pickle
-            named = {"unknown code"}
-        if named:
-            message = f"{path} was not written by ksl_ds: loading it would run {min(named)}; delete {folder}"
-    distributed.raise_if_any_rank(message)
+@dataclass
+class _Part:
+    """What this rank's optimizer steps of one parameter."""
+
+    flat: Tensor  # fp32 masters, or the weights if there are none: a view
+    span: Span
+    written: Span  # by this rank
+    tensor: Tensor  # contains the part; a key of the optimizer's states
+    offset: int  # of the part in it
+
+    def moment(self, states: Any, name: str) -> Tensor:
+        """The same part of one of AdamW's moments: a view."""
+        return states[self.tensor][name].view(-1)[self.offset : self.offset + self.span.size]
 
 
-class EngineState:
-    """The state of a DeepSpeed engine in DeepSpeed's own format: one or two files per rank."""
-
-    any_world_size = False
-
-    def __init__(self, engine: Any):
-        self._engine = engine
-
-    def bytes_of_rank(self) -> int:
-        """About how many bytes this rank will write."""
-        moments = sum(moment.nbytes for moment in optimizer_tensors(self._engine))
-        weights = 0
-        if distributed.is_rank0():  # only rank 0 writes unpartitioned weights
-            trained = [weight for weight in self._engine.module.parameters() if weight.requires_grad]
-            weights = sum(weight.nbytes for weight in trained if not is_partitioned(weight))
-        return moments * 3 // 2 + weights + (1 << 20)  # two moments, and the masters
-
-    def save(self, folder: Path) -> list[Path]:
-        """Raises OSError on the ranks that could not write; all ranks return from DeepSpeed first."""
-        writer = SafeCheckpointEngine(self._engine._config)
-        self._engine.checkpoint_engine = writer
-        # DeepSpeed copies a script from rank 0 without the writer: useless here, and a failure would hang the other ranks.
-        self._engine._copy_recovery_script = lambda folder: None
-        self._engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, exclude_frozen_parameters=True, save_latest=False)
-        if writer.failure is not None:
-            raise writer.failure
-        return writer.written
-
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote. Raises UserError on every rank for a file that would run code."""
-        _refuse_code(folder)
-        self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
-        # Not strict: the frozen weights are not there.
-        self._engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER, load_module_strict=False)
-
-
-class MatrixState:
-    """The state of AdamW on one small matrix, gathered from any ZeRO stage.
+class OptimizerState:
+    """The trained parameters of a DeepSpeed engine, their AdamW moments, the schedule and the loss scale.
 
     Parameters
     ----------
     engine
-        A DeepSpeed engine that trains nothing else.
-    matrix
-        The (K, D) parameter.
+        An engine of any ZeRO stage, with AdamW and a scheduler of torch.
     label
-        int64 (K,): the token ids of its rows. A checkpoint of other rows is refused.
+        Token ids of the rows that train, where names and shapes do not tell. A checkpoint of other rows is refused.
     """
 
-    any_world_size = True
-
-    def __init__(self, engine: Any, matrix: nn.Parameter, label: Tensor):
+    def __init__(self, engine: Any, label: list[int] | None = None):
         self._engine = engine
-        self._matrix = matrix
-        self._label = label.cpu()
-        self._shard = RowShard(matrix)
-        self._shape = (self._shard.num_rows, self._shard.row_length)
+        self._label = label
+        self._trained = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
 
     def bytes_of_rank(self) -> int:
         """About how many bytes this rank will write."""
-        return 3 * 4 * self._shape[0] * self._shape[1] + (1 << 20) if distributed.is_rank0() else 0
+        return 3 * 4 * sum(part.written.size for part in self._parts().values()) + (1 << 20)
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes the matrix, its moments and the schedule, on rank 0. Collective."""
-        scheduler = self._engine.lr_scheduler.state_dict()
-        numbers = {
-            "scheduler_epoch": scheduler["last_epoch"],
-            "learning_rate": scheduler["_last_lr"][0],
-            "steps": float(_states(self._engine)[self._stepped()]["step"]),
-            **{f"loss_scaler.{name}": value for name, value in _numbers(self._loss_scaler()).items()},
-        }
-        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        tensors |= {"label": self._label, "values": self._shard.read_rows(torch.arange(self._shape[0]))}
-        for name in MOMENTS:
-            tensors[name] = self._whole(_states(self._engine)[self._stepped()][name])
-        if not distributed.is_rank0():
-            return []
-        safetensors.torch.save_file(tensors, folder / MATRIX_FILE)
-        return [folder / MATRIX_FILE]
+        """Writes this rank's pieces, and on rank 0 the schedule. Returns the files; raises OSError. No communication."""
+        states = _states(self._engine)
+        written: list[Path] = []
+        tensors: dict[str, Tensor] = {}
+        pieces = [
+            (name, part, span)
+            for name, part in self._parts().items()
+            for span in blocks_of(part.written, ELEMENTS_OF_A_PIECE)
+        ]
+        elements = 0
+        for number, (name, part, span) in enumerate(pieces, start=1):
+            sources = {"values": part.flat}
+            if part.tensor in states:
+                sources |= {moment: part.moment(states, moment) for moment in MOMENTS}
+                tensors[f"step/{span.start}/{name}"] = states[part.tensor]["step"].to("cpu", copy=True)
+            for kind, flat in sources.items():
+                tensors[f"{kind}/{span.start}/{name}"] = cut(flat, part.span, span).to("cpu", copy=True)
+            elements += span.size
+            if elements >= ELEMENTS_OF_A_FILE or number == len(pieces):
+                written.append(folder / f"state-{distributed.rank():05d}-{len(written):05d}.safetensors")
+                safetensors.torch.save_file(tensors, written[-1])
+                tensors = {}
+                elements = 0
+        if distributed.is_rank0():
+            scheduler = self._engine.lr_scheduler.state_dict()
+            content = {
+                "label": self._label,
+                "last_epoch": scheduler["last_epoch"],
+                "last_lr": scheduler["_last_lr"],
+                "loss_scale": _numbers(_loss_scale(self._engine)),
+            }
+            written.append(folder / SCHEDULE_FILE)
+            write_text(written[-1], json.dumps(content) + "\n")
+        return written
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote. Raises UserError on every rank for a checkpoint of other rows."""
-        with distributed.raise_on_all_ranks():
-            try:
-                tensors = safetensors.torch.load_file(folder / MATRIX_FILE)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{folder / MATRIX_FILE} cannot be read: {error}") from None
-            if not torch.equal(tensors["label"], self._label) or tuple(tensors["values"].shape) != self._shape:
+        """Restores what `save` wrote on any number of ranks. Collective.
+
+        Raises
+        ------
+        UserError
+            On every rank, if files cannot be read or hold the state of other parameters.
+        """
+        with distributed.raise_on_all_ranks(), _reading(folder):
+            if not (folder / SCHEDULE_FILE).exists():
+                raise UserError(
+                    f"{folder} was written by an earlier version of ksl_ds; finish the run with it, or choose another run_dir"
+                )
+            schedule = record_of(read_json(folder / SCHEDULE_FILE), _Schedule, str(folder / SCHEDULE_FILE))
+            found = list(_pieces(folder))
+        pieces: dict[str, list[_Piece]] = {}
+        for name, piece in (entry for of_rank in distributed.gather_objects(found) for entry in of_rank):
+            pieces.setdefault(name, []).append(piece)
+        with distributed.raise_on_all_ranks(), _reading(folder):
+            if schedule.label != self._label:
                 raise UserError(f"{folder} is a checkpoint of another ticket's rows; choose another run_dir")
-        self._shard.write_rows(torch.arange(self._shape[0]), tensors["values"])
-        stepped = self._stepped()
-        moments = {name: torch.zeros_like(stepped) for name in MOMENTS}
-        held = self._shard.held()
-        for name, moment in moments.items():
-            moment.view(-1)[: held.size].copy_(tensors[name].flatten()[held.start : held.stop])
-        steps = tensors["steps"].float().to(stepped.device)
-        _states(self._engine)[stepped] = {"step": steps, **moments}
-        learning_rate = float(tensors["learning_rate"])
-        self._engine.lr_scheduler.load_state_dict(
-            {
-                **self._engine.lr_scheduler.state_dict(),
-                "last_epoch": int(tensors["scheduler_epoch"]),
-                "_last_lr": [learning_rate],
-            }
+            sizes = {name: sum(piece.span.size for piece in of_name) for name, of_name in pieces.items()}
+            if sizes != {name: full_numel(weight) for name, weight in self._trained.items()}:
+                raise UserError(f"{folder} is a checkpoint of other parameters; choose another run_dir")
+            self._read(folder, pieces)
+        for weight in self._trained.values():
+            drop_gathered(weight)
+        scheduler = self._engine.lr_scheduler
+        scheduler.load_state_dict(
+            {**scheduler.state_dict(), "last_epoch": schedule.last_epoch, "_last_lr": schedule.last_lr}
         )
-        for group in _inner(self._engine).param_groups:
+        for group, learning_rate in zip(_inner(self._engine).param_groups, schedule.last_lr, strict=True):
             group["lr"] = learning_rate
-        scaler = self._loss_scaler()
-        for name, value in _numbers(scaler).items():
-            setattr(scaler, name, type(value)(tensors[f"loss_scaler.{name}"]))
+        for name, value in schedule.loss_scale.items():
+            setattr(_loss_scale(self._engine), name, value)
 
-    def _stepped(self) -> nn.Parameter | Tensor:
-        """The fp32 tensor that the optimizer steps on this rank: flat under ZeRO, perhaps padded."""
-        if hasattr(self._engine.optimizer, "fp32_partitioned_groups_flat"):  # stage 3 lends it to the step only
-            return self._engine.optimizer.fp32_partitioned_groups_flat[0]
-        return _inner(self._engine).param_groups[0]["params"][0]
+    def _read(self, folder: Path, pieces: dict[str, list[_Piece]]) -> None:
+        """Copies what this rank holds of every parameter and of its moments from the files."""
+        states = _states(self._engine)
+        parts = self._parts()
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for name, weight in self._trained.items():
+                held = {"values": copies_of(weight)}
+                part = parts.get(name)
+                if part is not None and any(piece.stepped for piece in pieces[name]):
+                    state = states[part.tensor]
+                    for moment in MOMENTS:
+                        state.setdefault(moment, torch.zeros_like(part.tensor, requires_grad=False))
+                        held[moment] = [(part.moment(states, moment), part.span)]
+                for file, span, stepped in pieces[name]:
+                    wanted = {kind: span & _reach(copies) for kind, copies in held.items()}
+                    if not any(needed.size for needed in wanted.values()):
+                        continue
+                    if file not in opened:
+                        opened[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
+                    for kind, copies in held.items():
+                        first, last = wanted[kind]
+                        stored = opened[file].get_slice(f"{kind}/{span.start}/{name}")
+                        store(stored[first - span.start : last - span.start], wanted[kind], copies)
+                    if part is not None and stepped:
+                        step = opened[file].get_tensor(f"step/{span.start}/{name}")
+                        states[part.tensor]["step"] = step.to(part.tensor.device)
 
-    def _whole(self, moment: Tensor) -> Tensor:
-        """Gathers a moment on every rank, float32 (K, D) on the CPU."""
-        held = self._shard.held()
-        whole_KD = torch.zeros(self._shape, dtype=torch.float32, device=distributed.device())
-        if distributed.is_rank0() or self._engine.zero_optimization_stage() > 0:  # without ZeRO every rank has all
-            whole_KD.view(-1)[held.start : held.stop] = moment.view(-1)[: held.size]
-        # Summed as integers, all but one of them 0: the sum of floats would turn -0.0 into 0.0.
-        return distributed.all_reduce(whole_KD.view(torch.int32)).view(torch.float32).cpu()
+    def _parts(self) -> dict[str, _Part]:
+        """By name: what this rank's optimizer steps of the parameters, without those of which it steps nothing."""
+        tensors = _stepped_tensors(self._engine)
+        parts = {}
+        for name, weight in self._trained.items():
+            if getattr(weight, "_hp_mapping", weight) is None:  # stages 1 and 2: all of it is stepped by other ranks
+                continue
+            flat, start = master_part(weight)
+            place = holder_of(flat, tensors)
+            if place is None:
+                continue
+            span = Span(start, start + flat.numel())
+            written = span
+            if not is_stepped_by_zero(weight):  # every rank has all of it
+                size = -(-span.size // distributed.world_size())
+                written = zero3_parts(span.size, size, distributed.world_size())[distributed.rank()]
+            parts[name] = _Part(flat, span, written, *place)
+        return parts
 
-    def _loss_scaler(self) -> Any:
-        return getattr(self._engine.optimizer, "loss_scaler", None)
+
+def _pieces(folder: Path) -> Iterator[tuple[str, _Piece]]:
+    """The pieces in the files, by parameter; the files are divided over the ranks."""
+    for path in sorted(folder.glob("state-*.safetensors"))[distributed.rank() :: distributed.world_size()]:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            for key in keys:
+                kind, start, name = key.split("/", 2)
+                if kind == "values":
+                    (size,) = file.get_slice(key).get_shape()
+                    yield name, _Piece(path.name, Span(int(start), int(start) + size), f"step/{start}/{name}" in keys)
+
+
+def _reach(copies: list[tuple[Tensor, Span]]) -> Span:
+    """The elements that any of the copies holds."""
+    return Span(min(held.start for _, held in copies), max(held.stop for _, held in copies))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Makes a file that is not ours a UserError: its digest was right, so it was edited together with the manifest."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{folder} was not written by ksl_ds ({reason_of(error)}); delete it") from None
+
+
+def _stepped_tensors(engine: Any) -> list[Tensor]:
+    """The tensors that the optimizer steps on this rank, the keys of its states: flat under ZeRO, perhaps padded."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):  # stage 3 lends them to the step only
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [tensor for group in _inner(engine).param_groups for tensor in group["params"]]
 
 
 def optimizer_tensors(engine: Any) -> list[Tensor]:
@@ -234,5 +263,10 @@ def _states(engine: Any) -> Any:
     return _inner(engine).state
 
 
-def _numbers(scaler: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(scaler).items() if isinstance(value, (int, float))} if scaler else {}
+def _loss_scale(engine: Any) -> Any:
+    """The object with fp16's loss scale, which stage 0 calls otherwise; None without one."""
+    return getattr(engine.optimizer, "loss_scaler", getattr(engine.optimizer, "loss_scale_config", None))
+
+
+def _numbers(scale: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(scale).items() if isinstance(value, (int, float))} if scale else {}

@@ -23,10 +23,10 @@ from ksl_ds.config.methods import Stage
 from ksl_ds.config.schema import Tuning
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.model.row_parameter import TicketRows
-from ksl_ds.sharding.checkpoint import Checkpoints, TrainingState
+from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.draw import DrawMonitor
 from ksl_ds.sharding.engine import adamw, training_engine
-from ksl_ds.sharding.states import EngineState, MatrixState, optimizer_tensors
+from ksl_ds.sharding.states import OptimizerState, optimizer_tensors
 from ksl_ds.text.batches import BatchOrder, response_tokens
 from ksl_ds.text.packing import Packing
 from ksl_ds.training.loss import can_keep_logits, corpus_loss, response_nll
@@ -111,9 +111,7 @@ def train(
     checkpoints = run.checkpoints(stage)
     started = time.perf_counter()
     with training_engine(model, optimizer, scheduler, run.config) as engine, distributed.stop_signals() as signals:
-        state: TrainingState = EngineState(engine)
-        if ticket_rows is not None:
-            state = MatrixState(engine, ticket_rows.delta_KD, ticket_rows.ids_K)
+        state = OptimizerState(engine, None if ticket_rows is None else ticket_rows.ids_K.tolist())
         packing = packing_of(run, engine)  # before a checkpoint is loaded, so that a resumed run decides alike
         saves = recipe.checkpoint.every is not None or recipe.resume == "auto"
         if recipe.resume == "auto":
@@ -216,7 +214,7 @@ def _resume(
     run: RunContext,
     stage: Stage,
     checkpoints: Checkpoints,
-    state: TrainingState,
+    state: OptimizerState,
     outcome: TrainingStats,
     monitor: DrawMonitor | None,
 ) -> None:

@@ -7,7 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
-import torch
+from safetensors.torch import load_file, save_file
 
 from ksl_ds import distributed
 from ksl_ds.commands import tune
@@ -71,11 +71,11 @@ assert train("whole") == ""
 # Six steps, stopped in the fifth: checkpoints of steps 2 and 4. The newest is damaged in four ways; the previous one loads.
 assert train("parts", after_log=stop_after(5)) == "stopped"
 assert steps("parts") == ["step-00000002", "step-00000004"]
-DEEPSPEED = "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+PIECES = "state-00001-00000.safetensors"
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / DEEPSPEED, (folder / DEEPSPEED).stat().st_size // 2)
+    os.truncate(folder / PIECES, (folder / PIECES).stat().st_size // 2)
 
 
 def flip(folder: Path) -> None:
@@ -102,33 +102,54 @@ for damage in (truncate, flip, lose, break_manifest):
     assert losses(copy) == losses("whole"), copy
     assert json.loads(Path(copy, "results.json").read_text())["resumed"][0]["step"] == 2
 
-# A pickle that would run a command, with a manifest that vouches for it: refused, and nothing is run.
+# A pickle that would run a command instead of the tensors, other keys, another model's: each with a manifest that vouches for it.
+
+
+class Command:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Command()))
+
+
+def other_names(path: Path) -> None:
+    save_file({key.replace("embed_tokens", "wte"): value for key, value in load_file(path).items()}, path)
+
+
+def no_kind(path: Path) -> None:
+    save_file({key.replace("/", "."): value for key, value in load_file(path).items()}, path)
+
+
+for edit, said in (
+    (pickled, "was not written by ksl_ds"),
+    (no_kind, "was not written by ksl_ds"),
+    (other_names, "is a checkpoint of other parameters"),
+):
+    copy = edit.__name__
+    folder = Path(copy, "checkpoints/embed_tuning_steps/step-00000004")
+    if distributed.is_rank0():
+        shutil.copytree("parts", copy)
+        edit(folder / PIECES)
+        digests = json.loads((folder / MANIFEST).read_text())
+        digests[PIECES] = [(folder / PIECES).stat().st_size, file_sha256(folder / PIECES)]
+        (folder / MANIFEST).write_text(json.dumps(digests))
+    distributed.barrier()
+    message = train(copy, "resume=auto")
+    assert said in message and str(folder) in message, message
+    assert not Path("executed").exists()
+
+# A checkpoint of a version of ksl_ds that kept DeepSpeed's files.
 if distributed.is_rank0():
-    shutil.copytree("parts", "malicious")
-    folder = Path("malicious/checkpoints/embed_tuning_steps/step-00000004")
-
-    class Command:
-        def __reduce__(self):
-            return (os.mkdir, ("executed",))
-
-    torch.save({"optimizer_state_dict": Command()}, folder / DEEPSPEED)
+    shutil.copytree("parts", "old")
+    folder = Path("old/checkpoints/embed_tuning_steps/step-00000004")
+    (folder / "schedule.json").unlink()
     digests = json.loads((folder / MANIFEST).read_text())
-    digests[DEEPSPEED] = [(folder / DEEPSPEED).stat().st_size, file_sha256(folder / DEEPSPEED)]
+    del digests["schedule.json"]
     (folder / MANIFEST).write_text(json.dumps(digests))
 distributed.barrier()
-message = train("malicious", "resume=auto")
-assert "posix.mkdir" in message and DEEPSPEED in message, message
-assert not Path("executed").exists()
-
-# The same as a bare pickle, which is no file of torch.save at all.
-if distributed.is_rank0():
-    (folder / DEEPSPEED).write_bytes(pickle.dumps(Command()))
-    digests[DEEPSPEED] = [(folder / DEEPSPEED).stat().st_size, file_sha256(folder / DEEPSPEED)]
-    (folder / MANIFEST).write_text(json.dumps(digests))
-distributed.barrier()
-message = train("malicious", "resume=auto")
-assert "unknown code" in message and DEEPSPEED in message, message
-assert not Path("executed").exists()
+assert "written by an earlier version of ksl_ds" in train("old", "resume=auto")
 
 # The disk fills up. Once it is noticed beforehand, once only by the write itself.
 for notices in (True, False):

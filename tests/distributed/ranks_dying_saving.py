@@ -12,12 +12,12 @@ from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import Recipe
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import set_library_verbosity
-from ksl_ds.sharding.states import EngineState
+from ksl_ds.sharding.states import OptimizerState
 
 WORDS = ["text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]", "checkpoint.every=2"]
 distributed.initialize()
 set_library_verbosity(False)
-save, publish, time_to_die = EngineState.save, Checkpoints._publish, sys.argv[-1]
+save, publish, time_to_die = OptimizerState.save, Checkpoints._publish, sys.argv[-1]
 
 
 def die() -> None:
@@ -47,7 +47,7 @@ def train(run_dir: str) -> list[float]:
     return [entry["loss"] for entry in entries if "learning_rate" in entry]
 
 
-EngineState.save, Checkpoints._publish = dying_save, dying_publish
+OptimizerState.save, Checkpoints._publish = dying_save, dying_publish
 losses = train("dying")
 assert len(losses) == 6 and losses == train("whole")
 assert json.loads(Path("dying/results.json").read_text())["resumed"][-1]["step"] == 2

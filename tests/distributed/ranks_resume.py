@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import run_cases
-from safetensors.torch import load_file
+from helpers.runs import prepare_job
+from helpers.states import whole_state
+from safetensors.torch import load_file, save_file
 
 from ksl_ds import distributed, draw_ticket
 from ksl_ds.commands import tune
@@ -22,6 +24,7 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.lottery.ticket import Ticket
 from ksl_ds.report.tracking import Tracker
+from ksl_ds.sharding.states import OptimizerState
 
 STEPS, ENDS_AFTER = 6, 4
 log = Tracker.log
@@ -49,19 +52,41 @@ def lines(run_dir: str, stage: str) -> list[tuple[float, ...]]:
     return [tuple(entry[name] for name in names) for entry in entries if entry["stage"] == stage and "loss" in entry]
 
 
+def prepare(folder: Path) -> None:
+    """The job's folder with a DeepSpeed JSON of stage 0."""
+    prepare_job(folder)
+    (folder / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+
+
 COMMON = ["training.batch_size=8", "text.max_test_pairs=2", "evaluation.max_new_tokens=2", "text.valid=[]"]
 ROWS = ["method=ticket", "ticket=ticket", "partial_tuning.weight_decay=0.1"]
+FULL = ["method=full", "full_tuning.learning_rate=0.01"]
 METHODS = {
     "embed": ("embed_tuning", ["embed_tuning.weight_decay=0.1", "draw.every=2", "draw.alpha=0.9"]),
     "rows": ("partial_tuning", ROWS),
     "hooks": ("partial_tuning", [*ROWS, "partial_tuning.mode=hooks"]),
     "rows, stage 2, bf16": ("partial_tuning", [*ROWS, "deepspeed=zero2.json", "training.precision=bf16"]),
     "hooks, bf16": ("partial_tuning", [*ROWS, "partial_tuning.mode=hooks", "training.precision=bf16"]),
-    "full": ("full_tuning", ["method=full", "full_tuning.learning_rate=0.01"]),
-    "full, packed": ("full_tuning", ["method=full", "full_tuning.learning_rate=0.01", "training.packing=prefix"]),
+    "full": ("full_tuning", FULL),
+    "full, stage 2, bf16": ("full_tuning", [*FULL, "deepspeed=zero2.json", "training.precision=bf16"]),
+    "full, stage 0, bf16": ("full_tuning", [*FULL, "deepspeed=zero0.json", "training.precision=bf16"]),
+    "full, packed": ("full_tuning", [*FULL, "training.packing=prefix"]),
     "lora": ("lora", ["method=lora", "lora.learning_rate=0.01", "lora.lora_dropout=0.2"]),
     "prefix": ("prefix_tuning", ["method=prefix", "prefix.learning_rate=0.05", "prefix.num_virtual_tokens=4"]),
 }
+
+save = OptimizerState.save
+
+
+def save_and_keep(state: OptimizerState, folder: Path) -> list[Path]:
+    """Keeps the whole state beside the checkpoint, for ranks_elastic.py."""
+    whole = whole_state(state._engine)
+    if distributed.is_rank0():
+        save_file(whole, f"{folder.parents[2].name}, step {int(folder.name[-8:])}.safetensors")
+    return save(state, folder)
+
+
+OptimizerState.save = save_and_keep  # type: ignore[method-assign]
 COMMON += [f"{name}.max_steps={STEPS}" for name in ("embed_tuning", "partial_tuning", "full_tuning", "lora", "prefix")]
 
 
@@ -73,6 +98,8 @@ def resume(name: str) -> None:
     whole, parts = f"{name} whole", f"{name} parts"
     train(whole, *words)
     train(parts, *words, stopped=True)
+    if distributed.is_rank0():
+        shutil.copytree(parts, f"{name} stopped")  # for ranks_elastic.py
     kept = sorted(path.name for path in Path(parts, "checkpoints", f"{stage}_steps").iterdir())
     assert kept == [f"step-{ENDS_AFTER:08d}"], kept
     if distributed.is_rank0():

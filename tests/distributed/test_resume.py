@@ -14,20 +14,30 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ranks_elastic
 import ranks_resume
 from helpers.cases import job_of_cases
 from helpers.processes import ENVIRONMENT, HANG_SECONDS, free_port, launch, small_disk, succeeds
-from helpers.runs import losses, prepare_job
+from helpers.runs import losses
 
 HERE = Path(__file__).parent
 
 
-resuming = job_of_cases(ranks_resume, ranks=[2], prepare=prepare_job)
+resuming = job_of_cases(ranks_resume, ranks=[2], prepare=ranks_resume.prepare)
+
+
+elastic = job_of_cases(ranks_elastic, ranks=[1, 3], after="resuming")
 
 
 @pytest.mark.parametrize("case", ranks_resume.CASES)
 def test_every_method_resumes_to_the_bit(case, resuming):
     resuming(case)
+
+
+@pytest.mark.parametrize("case", ranks_elastic.CASES)
+def test_every_method_is_elastic(case, resuming, elastic):
+    resuming(case)
+    elastic(case)
 
 
 def test_what_has_changed_since_the_start_is_named(job):
@@ -142,15 +152,3 @@ def test_a_lottery_survives_kill_and_sigterm(job):
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert results["resumed"][-1]["ranks_before"] == 2
     assert (job / "run/report.html").exists()
-
-
-def test_engine_checkpoints_keep_their_number_of_ranks(job):
-    begun = Job(job, 2)
-    begun.wait_for("embed_tuning", 4)
-    launcher = next(p for p in begun.process.children() if "deepspeed.launcher.launch" in p.cmdline())
-    launcher.send_signal(signal.SIGTERM)
-    assert "resume=auto" in begun.end()
-    out = Job(job, 1, "resume=auto")
-    text = out.end()
-    assert out.process.returncode != 0
-    assert "was written by 2 ranks" in text and "Traceback" not in text

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,9 +36,9 @@ WAIT_SECONDS = 600
 WAIT_AFTER_A_FAILURE_SECONDS = 20
 
 
-def outcome_file(case: str, rank: int) -> Path:
-    """Within the job's folder: empty where the case has passed on this rank, else why not."""
-    return Path(FOLDER) / f"{quote(case, safe='')}.{rank}"
+def outcome_file(script: str, case: str, rank: int) -> Path:
+    """Within the job's folder: empty where the script's case has passed on this rank, else why not."""
+    return Path(FOLDER, Path(script).stem) / f"{quote(case, safe='')}.{rank}"
 
 
 def run_cases(cases: Mapping[str, Callable[[], None]]) -> None:
@@ -48,7 +49,8 @@ def run_cases(cases: Mapping[str, Callable[[], None]]) -> None:
     distributed.initialize()
     set_library_verbosity(False)
     ranks = distributed.world_size()
-    Path(FOLDER).mkdir(exist_ok=True)
+    outcome = partial(outcome_file, sys.argv[0])
+    outcome("", 0).parent.mkdir(parents=True, exist_ok=True)
     named = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     failed = False
     for case in named or cases:
@@ -58,22 +60,28 @@ def run_cases(cases: Mapping[str, Callable[[], None]]) -> None:
         except Exception:
             why = traceback.format_exc()
             print(why, file=sys.stderr, flush=True)
-        outcome_file(case, distributed.rank()).write_text(why)
+        outcome(case, distributed.rank()).write_text(why)
         ends = time.monotonic() + (WAIT_AFTER_A_FAILURE_SECONDS if why else WAIT_SECONDS)
         # Not a collective: a rank that has failed in the midst of a case would take it for one of the case's.
-        while not all(outcome_file(case, rank).exists() for rank in range(ranks)):
+        while not all(outcome(case, rank).exists() for rank in range(ranks)):
             if time.monotonic() > ends:
                 os._exit(1)
             time.sleep(0.01)
-        failed |= any(outcome_file(case, rank).stat().st_size for rank in range(ranks))
+        failed |= any(outcome(case, rank).stat().st_size for rank in range(ranks))
     distributed.shutdown()
     sys.exit(failed)
 
 
-def job_of_cases(script: ModuleType, ranks: Sequence[int], prepare: Callable[[Path], Any] = lambda folder: None) -> Any:
+def job_of_cases(
+    script: ModuleType,
+    ranks: Sequence[int],
+    prepare: Callable[[Path], Any] = lambda folder: None,
+    after: str | None = None,
+) -> Any:
     """A fixture: the job of a script's selected cases with each number of ranks, in a folder that `prepare` fills.
 
-    Its value takes a case's name and fails the test where the case has failed.
+    `after` is the fixture of another job, in whose folder this one runs; a test of both has the same case of both.
+    The value takes a case's name and fails the test where the case has failed.
     """
 
     @pytest.fixture(scope="module", params=ranks, ids=lambda number: f"{number} ranks")
@@ -81,14 +89,15 @@ def job_of_cases(script: ModuleType, ranks: Sequence[int], prepare: Callable[[Pa
         name = request.fixturename
         of_module = [item for item in request.session.items if item.path == request.path]
         items = [item for item in of_module if name in getattr(item, "fixturenames", ())]
-        selected = [item.callspec.params["case"] for item in items if item.callspec.params[name] == request.param]
-        folder = tmp_path_factory.mktemp(script.__name__)
+        cases = [item.callspec.params["case"] for item in items if item.callspec.params[name] == request.param]
+        selected = dict.fromkeys(cases)
+        folder = request.getfixturevalue(after).folder if after else tmp_path_factory.mktemp(script.__name__)
         prepare(folder)
         done = launch(request.param, script.__file__, *selected, cwd=folder)
 
         def check(case: str) -> None:
             for rank in range(request.param):
-                file = folder / outcome_file(case, rank)
+                file = folder / outcome_file(script.__name__, case, rank)
                 if not file.exists():
                     pytest.fail(f"rank {rank} did not come to the end of {case!r}\n{done.stderr[-6000:]}")
                 if why := file.read_text():

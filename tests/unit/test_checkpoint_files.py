@@ -13,8 +13,6 @@ from ksl_ds.sharding.checkpoint import MANIFEST, STATE, Checkpoints
 
 
 class NoTraining:
-    any_world_size = True
-
     def bytes_of_rank(self) -> int:
         return 0
 
