@@ -102,7 +102,7 @@ for damage in (truncate, flip, lose, break_manifest):
     assert losses(copy) == losses("whole"), copy
     assert json.loads(Path(copy, "results.json").read_text())["resumed"][0]["step"] == 2
 
-# A pickle that would run a command instead of the tensors, other keys, another model's: each with a manifest that vouches for it.
+# A pickle that would run a command, other keys, another model's names: each with a manifest that vouches for it.
 
 
 class Command:
