@@ -37,15 +37,19 @@ class Inputs(Record):
 
 def inputs_of(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> dict[str, Any]:
     """All but the weights, which are known when the model is loaded. `config` is DeepSpeed's."""
-    from ksl_ds.sharding.deepspeed_json import LOGGING_KEYS
+    from ksl_ds.sharding.deepspeed_json import HOST_COPIES, LOGGING_KEYS
 
     sides = [path for path in folder.path.iterdir() if path.name.endswith(SIDE_SUFFIXES) and path.is_file()]
     sides = [path for path in sides if not path.name.endswith(".index.json") and not path.name.startswith(".")]
     sides += (folder.path / SIDE_FOLDER).glob("*")
     ticket = Path(recipe.ticket or "", TICKET_JSON)
-    of_ranks = (*LOGGING_KEYS, "gradient_accumulation_steps")
+    of_ranks = (*LOGGING_KEYS, "gradient_accumulation_steps", HOST_COPIES)
+    deepspeed = {name: value for name, value in config.items() if name not in of_ranks}
+    if "zero_optimization" in deepspeed:
+        zero = deepspeed["zero_optimization"]
+        deepspeed["zero_optimization"] = {name: value for name, value in zero.items() if name not in of_ranks}
     return {
-        "deepspeed": {name: value for name, value in config.items() if name not in of_ranks},
+        "deepspeed": deepspeed,
         "model_files": {str(path.relative_to(folder.path)): file_sha256(path) for path in sorted(sides)},
         "ticket": file_sha256(ticket) if recipe.ticket and ticket.is_file() else None,
     }

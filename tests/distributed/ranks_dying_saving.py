@@ -1,4 +1,4 @@
-"""Run by test_resume.py on two ranks, three times: killed as rank 1 writes its part, as rank 0 publishes, and to the end."""
+"""Run by test_resume.py on four ranks, three times: killed as rank 1 writes its part, as rank 0 publishes, and to the end."""
 
 import json
 import os

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from helpers.hosts import Hosts, said
-from helpers.processes import HANG_SECONDS, run, succeeds
+from helpers.processes import HANG_SECONDS, launch, run, succeeds
+from helpers.runs import losses
 from helpers.tiny import make_model_folder, write_pairs
 
 RECIPE = """
@@ -39,6 +40,8 @@ def job(tmp_path_factory) -> Path:
     make_model_folder(folder / "model")
     write_pairs(folder / "pairs.jsonl", repeat=20)
     (folder / "ds.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": "auto"}
+    (folder / "hpz.json").write_text(json.dumps({"zero_optimization": zero}))
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
@@ -89,13 +92,15 @@ def test_check_measures_the_cable_and_finds_a_run_folder_that_is_not_shared(host
             assert re.match(plain + hpz + r"[\d.]+ KiB between hosts and [\d.]+ KiB within in ", line)
 
 
+LONGER = ("lottery", "recipe.yaml", "deepspeed=hpz.json", "embed_tuning.max_steps=40", "checkpoint.every=2")
+
+
 def training_on_two_hosts(hosts: Hosts, job: Path, name: str, *words: str) -> list[subprocess.Popen]:
-    """A lottery without end, after its first step."""
-    words = ("lottery", "recipe.yaml", f"run_dir={name}", "embed_tuning.max_steps=1000000", *words)
-    launchers = hosts.start(job, 1, *words)
+    """A longer lottery of two ranks on each host, which has its own copy of the weights (hpZ), after its third step."""
+    launchers = hosts.start(job, 2, *LONGER, f"run_dir={name}", *words)
     metrics = job / name / "metrics.jsonl"
     deadline = time.monotonic() + HANG_SECONDS
-    while not (metrics.exists() and "embed_tuning" in metrics.read_text()):
+    while not metrics.exists() or metrics.read_text().count("embed_tuning") < 3:
         assert time.monotonic() < deadline and launchers[0].poll() is None, said(job)
         time.sleep(0.2)
     return launchers
@@ -105,12 +110,12 @@ def assert_ended(hosts: Hosts, job: Path, name: str, launchers: list[subprocess.
     """No launcher succeeds, the ranks in `telling` say why in one line, no process stays, what was logged is whole."""
     for launcher in launchers:
         assert launcher.wait(timeout=HANG_SECONDS) != 0, said(job)
-    for number in telling:
-        text = (job / f"err{number}").read_text()
-        messages = [line for line in text.splitlines() if "ksl-ds:" in line]
-        assert len(messages) == 1 and "Traceback" not in text, said(job)
-        assert f"rank {number} " in messages[0] and "lost the other ranks" in messages[0]
-        assert "timeout_minutes" in messages[0]
+    text = "".join((job / f"err{number}").read_text() for number in (0, 1))
+    messages = [line for line in text.splitlines() if "ksl-ds:" in line]
+    assert len(messages) == len(telling) and "Traceback" not in text, said(job)
+    for number, message in zip(telling, sorted(messages), strict=True):
+        assert f"rank {number} " in message and "lost the other ranks" in message
+        assert "timeout_minutes" in message
     assert [hosts.processes(name) for name in hosts.names] == [[], []]
     assert all("stage" in json.loads(line) for line in (job / name / "metrics.jsonl").read_text().splitlines())
 
@@ -119,13 +124,22 @@ def test_fault_a_host_is_cut_off_in_training(hosts, job):
     """Nobody is told, so both sides wait for the timeout; then they end by themselves."""
     launchers = training_on_two_hosts(hosts, job, "cut", "timeout_minutes=1")
     hosts.cut()
-    assert_ended(hosts, job, "cut", launchers, telling=[0, 1])
+    assert_ended(hosts, job, "cut", launchers, telling=[0, 1, 2, 3])
 
 
-def test_fault_a_rank_is_killed_in_training(hosts, job):
-    """The other host notices at once: the system closes the connections of the dead rank."""
+def test_fault_a_rank_is_killed_in_training_and_one_host_continues(hosts, job):
+    """The other host notices at once: the system closes the connections of the dead rank. Its two ranks go on alone."""
     launchers = training_on_two_hosts(hosts, job, "killed")
-    for number in hosts.processes(hosts.names[1]):
-        if b"--local_rank" in Path(f"/proc/{number}/cmdline").read_bytes():
-            os.kill(number, signal.SIGKILL)
-    assert_ended(hosts, job, "killed", launchers, telling=[0])
+    ranks = [
+        number
+        for number in hosts.processes(hosts.names[1])
+        if b"--local_rank" in Path(f"/proc/{number}/cmdline").read_bytes()
+    ]
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert_ended(hosts, job, "killed", launchers, telling=[0, 1])
+    succeeds(launch(2, "--module", "ksl_ds", *LONGER, "run_dir=killed", "resume=auto", cwd=job))
+    results = json.loads((job / "killed/results.json").read_text())
+    (resumed,) = results["resumed"]
+    assert resumed["stage"] == "embed_tuning" and (resumed["ranks"], resumed["ranks_before"]) == (2, 4)
+    assert resumed["step"] >= 2 and resumed["step"] % 2 == 0
+    assert len(losses(job / "killed", "embed_tuning")) == 40

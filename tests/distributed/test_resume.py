@@ -18,7 +18,7 @@ import ranks_elastic
 import ranks_resume
 from helpers.cases import job_of_cases
 from helpers.processes import ENVIRONMENT, HANG_SECONDS, free_port, launch, small_disk, succeeds
-from helpers.runs import losses
+from helpers.runs import ZERO3, losses
 
 HERE = Path(__file__).parent
 
@@ -53,12 +53,14 @@ def test_damaged_checkpoints_and_a_full_disk(job, tmp_path):
 
 
 def test_fault_a_rank_is_killed_while_saving(job):
-    """Twice, once in each half of it: the checkpoint of step 2 stays, and the third start ends as if nothing had happened."""
+    """Under hpZ, once in each half of it: the checkpoint of step 2 stays, the third start ends as if nothing had happened."""
+    zero = {**ZERO3["zero_optimization"], "zero_hpz_partition_size": 2}
+    (job / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     steps = job / "dying/checkpoints/embed_tuning_steps"
     for time_to_die in ("writing", "publishing"):
-        assert launch(2, HERE / "ranks_dying_saving.py", time_to_die, cwd=job).returncode != 0
+        assert launch(4, HERE / "ranks_dying_saving.py", time_to_die, cwd=job).returncode != 0
         assert sorted(path.name for path in steps.iterdir()) == [".draft-00000004", "step-00000002"]
-    succeeds(launch(2, HERE / "ranks_dying_saving.py", "never", cwd=job))
+    succeeds(launch(4, HERE / "ranks_dying_saving.py", "never", cwd=job))
 
 
 class Job:

@@ -25,6 +25,6 @@ def test_rows_of_every_geometry_on_four_ranks(case, shards_of_four):
 
 def test_a_rank_that_dies_in_a_draw_ends_the_job(tmp_path):
     """The launcher names the rank and ends the others; nobody waits for it."""
-    done = launch(3, Path(__file__).parent / "ranks_dying.py", cwd=tmp_path)
+    done = launch(4, Path(__file__).parent / "ranks_dying.py", cwd=tmp_path)
     assert done.returncode != 0
     assert "--local_rank=1" in done.stdout + done.stderr
