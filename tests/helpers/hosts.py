@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from helpers.processes import ENVIRONMENT, free_port
+from helpers.processes import ENVIRONMENT, WARM, free_port
 
 ADDRESSES = ("10.201.77.1", "10.201.77.2")
 
@@ -53,6 +54,15 @@ class Hosts:
         found = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True)
         return [int(number) for number in found.stdout.split()]
 
+    def are_empty(self) -> bool:
+        """Whether all processes of both hosts have ended, or do so within seconds."""
+        deadline = time.monotonic() + 10
+        while any(map(self.processes, self.names)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
     def cut(self) -> None:
         """Pulls the cable: packets are lost, nobody is told."""
         ip("-n", self.names[1], "link", "set", self.names[1], "down")
@@ -84,8 +94,11 @@ class Hosts:
         return [
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *(own_folder if number else []),
-                 "deepspeed", "--hostfile", "hosts", "--no_ssh", "--node_rank", str(number),
-                 "--master_addr", ADDRESSES[0], "--master_port", port, "--module", "ksl_ds", *words],
+                 *WARM.command(
+                     ["deepspeed", "--hostfile", "hosts", "--no_ssh", "--node_rank", str(number),
+                      "--master_addr", ADDRESSES[0], "--master_port", port, "--module", "ksl_ds", *words],
+                     ENVIRONMENT,
+                 )],
                 cwd=job, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": name, "TP_SOCKET_IFNAME": name},
                 stdin=subprocess.DEVNULL, stdout=(job / f"out{number}").open("w"),
                 stderr=(job / f"err{number}").open("w"),
