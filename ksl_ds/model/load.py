@@ -1,8 +1,14 @@
 """Loads a causal language model under ZeRO and verifies that the weights are the checkpoint's.
 
-Under stage 3 the model is built inside `zero.Init`: each layer is partitioned when it is created, rank 0 reads the
-memory-mapped checkpoint, and no rank holds the whole model. Some library versions silently left weights random there, so
-every rank compares its part of every tensor with the file, bit for bit: all ranks together read the checkpoint once.
+Under stage 3 transformers builds the model inside `zero.Init`: each layer is partitioned when it is created. Its own loading
+would read the checkpoint on rank 0 and send every weight whole to every rank. Here each rank reads its own part of each
+weight instead: all ranks together read the checkpoint once, each host its ranks' share, and no values are sent (DeepSpeed
+sends every weight once, empty, when it builds the model). Only what loading fuses, such as experts, still goes by rank 0,
+and only rank 0 reads it. Some library versions silently left weights random, so sums of the values that were read are
+compared with those of the weights that the model ends with.
+
+In stages 0 to 2 every rank holds the whole model and reads all of it, through the page cache; then every rank compares an even
+share with the files, bit for bit.
 
 Legend: D coordinates of an embedding row; tensors here are flat unless named otherwise.
 """
@@ -12,6 +18,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,16 +78,17 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         # If config.json says tied and the files hold two matrices, transformers compares them, and under stage 3 both are
         # empty.
         model_config.tie_word_embeddings = False
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder.path,
-        config=model_config,
-        dtype=TORCH_DTYPE[recipe.training.precision],
-        trust_remote_code=recipe.model.trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-        # The checkpoint's generation_config.json must not change scores (see text/translate.py).
-        generation_config=GenerationConfig(eos_token_id=folder.end_ids or None),
-    )
+    with _own_parts_read(folder) as sums:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            config=model_config,
+            dtype=TORCH_DTYPE[recipe.training.precision],
+            trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            # The checkpoint's generation_config.json must not change scores (see text/translate.py).
+            generation_config=GenerationConfig(eos_token_id=folder.end_ids or None),
+        )
     model, info = loaded
     del zero_config
     if stage_of(config) < 3:
@@ -96,7 +105,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
         raise UserError(
             f"{folder.path}: {len(unexpected)} tensors in the files do not belong to the model, such as {min(unexpected)}"
         )
-    verify_weights(model, folder)
+    verify_weights(model, folder, sums)
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)
     return model
@@ -120,13 +129,88 @@ def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
     drop_host_copy(target)
 
 
-def verify_weights(model: nn.Module, folder: ModelFolder) -> None:
-    """Compares every weight with the checkpoint, each rank its part. Raises UserError on every rank.
+Sums = tuple[int, int]
+
+
+@contextmanager
+def _own_parts_read(folder: ModelFolder) -> Iterator[dict[str, Sums]]:
+    """Within the block, transformers' loading under ZeRO-3 has every rank read its own parts. The loading is collective.
+
+    Yields the sums of what this rank has read, by parameter; it stays empty if transformers does not load this way.
+    """
+    from transformers import modeling_utils
+
+    load_whole = modeling_utils._load_state_dict_into_zero3_model
+    sums: dict[str, Sums] = {}
+
+    def load(model: nn.Module, state_dict: dict[str, torch.Tensor], load_config: Any = None) -> tuple[Any, set[str]]:
+        sums.update(_read_own_parts(model, folder))
+        # What the files store in another form, and buffers.
+        rest = {name: value for name, value in state_dict.items() if folder.parameter_name(name) not in sums}
+        errors, missing = load_whole(model, rest, load_config)
+        return errors, missing - sums.keys()
+
+    modeling_utils._load_state_dict_into_zero3_model = load
+    try:
+        yield sums
+    finally:
+        modeling_utils._load_state_dict_into_zero3_model = load_whole
+
+
+def _read_own_parts(model: nn.Module, folder: ModelFolder) -> dict[str, Sums]:
+    """Reads this rank's part of every weight that the files store as it is. Collective.
+
+    Returns the sums of each part in the model's dtype, as read. The progress shown is rank 0's, as if all ranks were as fast.
+
+    Raises
+    ------
+    UserError
+        On every rank, if any of them cannot read its parts or finds NaN.
+    """
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    in_files = {name: folder.stored_name(name) for name in parameters}
+    found = {name: stored for name, stored in in_files.items() if stored is not None}
+    size = {name: math.prod(folder.shape(stored)) * folder.dtype(stored).itemsize for name, stored in found.items()}
+    sums = {}
+    with (
+        distributed.raise_on_all_ranks(),
+        torch.no_grad(),
+        distributed.byte_progress("loading", sum(size.values())) as bar,
+    ):
+        for number, (name, stored) in enumerate(found.items(), start=1):
+            part, start = local_part(parameters[name])
+            values = folder.read_flat(stored, start, start + part.numel()).to(part.dtype)
+            part.copy_(values)
+            drop_host_copy(parameters[name])
+            if part.isnan().any():
+                raise UserError(f"{folder.path}: {name} contains NaN in the files; give a model without NaN")
+            sums[name] = _word_sums(values, start)
+            parameters[name]._is_hf_initialized = True  # else transformers gathers it and starts it with random values
+            bar.set_postfix_str(f"{number}/{len(found)} tensors", refresh=False)
+            bar.update(size[name])
+    return sums
+
+
+def verify_weights(model: nn.Module, folder: ModelFolder, sums: dict[str, Sums]) -> None:
+    """Proves that the weights are the checkpoint's, each rank for its part. Raises UserError on every rank.
 
     Tensors that the model stores in another form than the file, such as fused experts, are not compared; the input
     embedding always is.
+
+    Parameters
+    ----------
+    model
+        The loaded model.
+    folder
+        Its checkpoint.
+    sums
+        Of what this rank has read, by parameter. If it is empty, the files are read instead.
     """
-    name = differing_weight(model, folder)
+    if sums:
+        parts = {name: local_part(weight) for name, weight in model.named_parameters(remove_duplicate=False)}
+        name = next((name for name in sums if _word_sums(*parts[name]) != sums[name]), None)
+    else:
+        name = differing_weight(model, folder)
     failure = None
     if name:
         why = "differs from the checkpoint after loading; report this library mismatch"

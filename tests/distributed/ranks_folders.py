@@ -1,4 +1,4 @@
-"""Run by test_folders.py on several ranks, under ZeRO-3 and 2: fused experts, an untied head despite the config, saving."""
+"""Run by test_folders.py on several ranks, under ZeRO-3 and 2: model folders are loaded, trained and saved."""
 
 import ctypes
 import re
@@ -11,7 +11,7 @@ from helpers.cases import run_cases
 from helpers.runs import losses
 from helpers.tiny import make_model_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from ksl_ds import distributed
 from ksl_ds.commands import tune
@@ -20,7 +20,7 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.model.folder import open_model
 from ksl_ds.model.load import load_model
-from ksl_ds.model.safetensors_io import ShardWriter
+from ksl_ds.model.safetensors_io import Shards, ShardWriter
 from ksl_ds.sharding.engine import deepspeed_config
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.run import open_run
@@ -87,10 +87,10 @@ write = ShardWriter.write
 
 
 def memory() -> None:
-    """While 109 MB are saved, rank 0 grows by one tensor of 17 MB and half a shard at most."""
+    """While 109 MB are saved, rank 0 grows by one shard of 40 MB and one tensor of 17 MB at most."""
     if distributed.is_rank0():
         sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 16384}
-        make_model_folder(Path("large"), **sizes, max_shard_size="16MB")
+        make_model_folder(Path("large"), **sizes, max_shard_size="40MB")
     distributed.barrier()
     run = loaded("model.path=large")
     held = []
@@ -105,10 +105,10 @@ def memory() -> None:
         for save in (save_model, lambda *where: save_embedding(where[0], RowShard(run.model.lm_head.weight), where[1])):
             before = anonymous_memory()
             save(run, Path("saved", "large"))
-            assert not held or max(held) - before < 8e6 + largest, (before, held)
+            assert not held or max(held) - before < 40e6 + largest, (before, held)
             distributed.barrier()
             written = open_model("saved/large")
-            assert len(set(written.shard_of.values())) > 5
+            assert len(set(written.shard_of.values())) > 2
             for name in run.folder.tensor_names:
                 stored, saved = (torch.cat(list(folder.blocks(name))) for folder in (run.folder, written))
                 if save is not save_model and name == run.folder.embedding_name:
@@ -159,6 +159,74 @@ def full_disk() -> None:
             distributed.barrier()
 
 
-CASES = {"fused experts": experts, "untied head": untied_head, "memory": memory, "full disk": full_disk}
+def reading() -> None:
+    """All ranks together read every element once, each rank its part; transformers gets only what it fuses."""
+    if distributed.is_rank0():
+        make_model_folder(Path("moe"), "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    distributed.barrier()
+    read_flat = Shards.read_flat
+    load_whole = modeling_utils._load_state_dict_into_zero3_model
+    spans: list[tuple[str, int, int]] = []
+    given: list[str] = []
+
+    def reads(folder: Shards, name: str, start: int, stop: int) -> torch.Tensor:
+        spans.append((name, start, stop))
+        return read_flat(folder, name, start, stop)
+
+    def loads(model, state_dict, load_config):
+        given.extend(state_dict)
+        return load_whole(model, state_dict, load_config)
+
+    for path in ("model", "moe"):
+        spans.clear()
+        given.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Shards, "read_flat", reads)
+            patch.setattr(modeling_utils, "_load_state_dict_into_zero3_model", loads)
+            run = loaded(f"model.path={path}", "deepspeed=ds.json")
+        fused = [name for name in run.folder.tensor_names if ".experts." in name]
+        assert sorted(given) == fused and bool(fused) == (path == "moe")
+        everything = sorted(span for of_rank in distributed.gather_objects(spans) for span in of_rank)
+        for name in set(run.folder.tensor_names) - set(fused):
+            position = 0
+            for _, start, stop in (span for span in everything if span[0] == name):
+                assert start == position, (name, everything)
+                position = stop
+            assert position == torch.Size(run.folder.shape(name)).numel(), name
+        assert {name for name, _, _ in everything} == set(run.folder.tensor_names) - set(fused)
+
+
+def damaged() -> None:
+    """NaN in one rank's part of a file, and a library that changes a weight after it was read, end on every rank."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    if distributed.is_rank0():
+        make_model_folder(Path("nan"))
+        stored = load_file("nan/model.safetensors")
+        stored[name][-1, -1] = torch.nan
+        save_file(stored, "nan/model.safetensors", metadata={"format": "pt"})
+    distributed.barrier()
+    with pytest.raises(UserError, match=f"^nan: {name} contains NaN in the files; give a model without NaN$"):
+        loaded("model.path=nan", "deepspeed=ds.json")
+    finish = PreTrainedModel._finalize_model_loading
+
+    def changes(model, *others):
+        if distributed.rank() == 1:
+            model.get_parameter(name).ds_tensor.data[0] += 1e-3
+        return finish(model, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "_finalize_model_loading", staticmethod(changes))
+        with pytest.raises(UserError, match=f"{name} differs from the checkpoint after loading"):
+            loaded("deepspeed=ds.json")
+
+
+CASES = {
+    "reading": reading,
+    "damaged": damaged,
+    "fused experts": experts,
+    "untied head": untied_head,
+    "memory": memory,
+    "full disk": full_disk,
+}
 if __name__ == "__main__":
     run_cases(CASES)
