@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ksl_ds import distributed
 from ksl_ds.config.schema import EstimateCommand
 from ksl_ds.errors import UserError
@@ -21,11 +23,12 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
     """Memory of a rank, and traffic, for every method on `command.gpus` GPUs."""
     training = plan.training()
     zero = plan.zero.on_hosts(command.gpus_per_host)
-    between = command.gpus_per_host is not None and command.gpus_per_host < command.gpus
+    hosts = command.gpus_per_host is not None and command.gpus_per_host < command.gpus and zero.stage == 3
     unknown = plan.zero.host_ranks == AUTO and command.gpus_per_host is None
     memory = None if command.gpu_memory is None else round(command.gpu_memory * 2**30)
     memory_rows = []
     traffic_rows = []
+    host_rows: list[list[str]] = []
     with distributed.progress([(name, at) for name in Estimated for at in (False, True)], "dry runs") as cases:
         found = {case: _method_or_problem(plan, *case) for case in cases}
     total = sum(parameter.numel() for parameter in plan.meta_model().parameters())
@@ -34,7 +37,8 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         possible = [method for method in cases_of_name if isinstance(method, MethodCost)]
         if not possible:
             memory_rows.append([name, *["–"] * (len(KINDS) + 8)])
-            traffic_rows.append([name, *["–"] * ((2 if command.network is None else 4) + between)])
+            traffic_rows.append([name, *["–"] * (2 if command.network is None else 4)])
+            host_rows.append([name, *["–"] * 4])
             continue
         needs = [
             rank_needs(method, training, zero, command.gpus) if isinstance(method, MethodCost) else None
@@ -58,7 +62,9 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         if command.network is not None:
             bits_per_second = command.network * 1e9
             seconds = ["–" if each is None else duration(each.wire_step * 8 / bits_per_second) for each in needs]
-        traffic_rows.append([name, *steps, *seconds, *([size(states.wire_between)] if between else [])])
+        traffic_rows.append([name, *steps, *seconds])
+        if hosts:
+            host_rows.append([name, *_host_cells(possible[0], training, zero, command)])
     draw = rank_needs(plan.embedding(), training, zero, command.gpus)
     rows = -(-training.vocab_size // command.gpus)
     draw_seconds = rows * seconds_of_a_row(training.width)
@@ -100,11 +106,9 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
             Column(f"at {command.network:g} Gbit/s, {how}")
             for how in ("plain", "checkpointed")
             if command.network is not None
-        ]
-        + [Column("between hosts")] * between,
+        ],
         traffic_rows,
         [
-            *(["between hosts: what a host receives from others in a step, without checkpointing."] * between),
             *(["Hierarchical partitioning (hpZ): frozen weights come from the host's copy."] * (zero.host_ranks > 1)),
             *(
                 ["As on one host; gpus_per_host=N counts the copy of the weights that each of several keeps (hpZ)."]
@@ -117,7 +121,31 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
             "host memory a rank.",
         ],
     )
-    return [memory_table, traffic_table]
+    if not hosts:
+        return [memory_table, traffic_table]
+    hosts_table = Table(
+        f"What hosts of {command.gpus_per_host} GPUs receive",
+        [Column("", numeric=False), Column("between hosts, plain"), Column("between hosts, hpZ")]
+        + [Column("within a host, hpZ"), Column("copy of the weights, hpZ")],
+        host_rows,
+        [
+            "A step without checkpointing; between hosts for the whole host, within it for each GPU. Hierarchical "
+            "partitioning (hpZ, deepspeed=zero3_hpz.json): every host keeps a copy of the weights, which takes so much more "
+            "of each GPU.",
+            f"The tables above are {'with' if zero.host_ranks > 1 else 'without'} it.",
+        ],
+    )
+    return [memory_table, traffic_table, hosts_table]
+
+
+def _host_cells(method: MethodCost, training: ModelDims, zero: Zero, command: EstimateCommand) -> list[str]:
+    """Bytes of a step between hosts and within, and of a copy of the weights: plain, and with one on each host."""
+    plain, copied = (
+        rank_needs(method, training, replace(zero, host_ranks=ranks), command.gpus)
+        for ranks in (1, command.gpus_per_host or 1)
+    )
+    cells = [plain.wire_between, copied.wire_between, copied.wire_within, copied.weights - plain.weights]
+    return list(map(size, cells))
 
 
 def _method_or_problem(plan: Plan, name: Estimated, checkpointing: bool) -> MethodCost | str:

@@ -17,9 +17,11 @@ from ksl_ds.config.load import load_recipe
 from ksl_ds.config.schema import EstimateCommand, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.estimate.memory import MethodCost, ModelDims, Zero, first_true, min_ranks, rank_needs
-from ksl_ds.estimate.plan import Estimated, Plan, plan_of
+from ksl_ds.estimate.plan import Estimated, Plan, plan_of, recipe_of
+from ksl_ds.estimate.tables import tables
 from ksl_ds.model import dry_run
 from ksl_ds.model.dry_run import SHAPES_FILE, LiveBytes, meta_model, model_config, step_bytes
+from ksl_ds.report.tables import size
 
 # Of the published checkpoints, tied heads counted once.
 PARAMETERS = {
@@ -140,6 +142,26 @@ def test_needs_by_hand():
     offloaded = rank_needs(method, training, Zero(stage=3, offload_optimizer=True, persistence_threshold=0), 4)
     assert offloaded.host == offloaded.snapshot + offloaded.optimizer + offloaded.gradients + offloaded.step
     assert offloaded.device < needs.device + offloaded.buffers + offloaded.gathered
+
+
+def test_estimate_shows_traffic_between_hosts_plain_and_with_copies(tmp_path):
+    """What the table says is what `rank_needs` says of both ways, for every method; one host has no such table."""
+    make_model_folder(tmp_path / "model")
+    words = [f"model={tmp_path / 'model'}", "gpus=4", "length=32"]
+    command = load_recipe(EstimateCommand, None, [*words, "gpus_per_host=2"])
+    plan = plan_of(recipe_of(command))
+    *_, hosts = tables(plan, command)
+    assert hosts.title == "What hosts of 2 GPUs receive"
+    assert [row[0] for row in hosts.rows] == list(Estimated)
+    training = plan.training()
+    for row in hosts.rows:
+        method = plan.method(Estimated(row[0]), checkpointing=False)
+        plain = rank_needs(method, training, plan.zero, 4)
+        copied = rank_needs(method, training, replace(plan.zero, host_ranks=2), 4)
+        needs = [plain.wire_between, copied.wire_between, copied.wire_within, copied.weights - plain.weights]
+        assert row[1:] == [size(number) for number in needs]
+        assert copied.wire_between < plain.wire_between or row[0] == "full"
+    assert len(tables(plan, load_recipe(EstimateCommand, None, [*words, "gpus_per_host=4"]))) == 2
 
 
 def test_fewest_ranks_is_the_first_that_fits():
