@@ -147,7 +147,9 @@ def test_needs_by_hand():
 def test_estimate_shows_traffic_between_hosts_plain_and_with_copies(tmp_path):
     """What the table says is what `rank_needs` says of both ways, for every method; one host has no such table."""
     make_model_folder(tmp_path / "model")
-    words = [f"model={tmp_path / 'model'}", "gpus=4", "length=32"]
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    words = [f"model={tmp_path / 'model'}", "gpus=4", "length=32", f"deepspeed={tmp_path / 'ds.json'}"]
     command = load_recipe(EstimateCommand, None, [*words, "gpus_per_host=2"])
     plan = plan_of(recipe_of(command))
     *_, hosts = tables(plan, command)
