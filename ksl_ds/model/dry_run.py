@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_iter
 
 from ksl_ds.errors import UserError
 from ksl_ds.hub import hub_reason
-from ksl_ds.model.folder import check_folder, check_is_decoder, config_problem, needs_code
+from ksl_ds.model.check_folder import check_folder, check_is_decoder, config_problem, needs_code
 
 SHAPES_FILE = Path(__file__).parent.parent / "data" / "model_shapes.json"
 ATTENTION = "ksl_ds_dry_run"

@@ -219,11 +219,13 @@ class ShardWriter:
             file.write(block.cpu().to(dtype).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """Closes the file that is open."""
+        """Closes the file that is open, once it is on the disk: what waits to be written never exceeds one file."""
         file = self._file
         self._open_shard = self._file = None
         if file is not None:
-            file.close()
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
 
     def _open(self, shard: str) -> BinaryIO:
         if self._file is None or shard != self._open_shard:

@@ -74,8 +74,9 @@ def _write_group(folder: ModelFolder, group: FileGroup, parameters: dict[str, nn
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     if group.is_fused:  # converted in host memory: a GPU may have no room for a layer's experts twice
         values = {name: tensor.cpu() for name, tensor in values.items()}
-    for name, tensor in folder.file_tensors(group, values).items():
-        write(name, 0, tensor)
+    tensors = folder.file_tensors(group, values)
+    for name in sorted(tensors, key=lambda name: folder.shard_of.get(name, "")):
+        write(name, 0, tensors[name])
 
 
 @contextmanager
