@@ -31,6 +31,7 @@ from ksl_ds.model.folder import ModelFolder, check_same_model
 from ksl_ds.model.load import differing_weight, free_weights, load_model, open_folder
 from ksl_ds.sharding.draw import sharded_shift
 from ksl_ds.sharding.engine import TORCH_DTYPE
+from ksl_ds.sharding.rounding import round_frozen
 from ksl_ds.sharding.rows import RowShard
 from ksl_ds.training.run import RunContext
 from ksl_ds.training.stages import load_ticket
@@ -184,6 +185,7 @@ def predict_reference(run: RunContext, reference: ModelFolder) -> dict[str, Pred
     """The reference's predictions. It takes the place of the freed base in memory, and is freed too."""
     logger.info(f"loading the reference {reference.path}")
     run.model = load_model(replace(run.recipe, model=_reference_model(run.recipe)), reference, run.config)
+    round_frozen(run.model, run.config)
     predictions = predict_texts(run, "reference")
     free_weights(run.model)
     return predictions

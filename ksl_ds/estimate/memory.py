@@ -5,7 +5,9 @@ partitioned into N parts, rounded up:
 
     weights      stage 3: b P / N, and b for each element of a parameter small enough to stay whole on every rank too
                  (stage3_param_persistence_threshold); stages 0 to 2: b P. With hpZ (zero_hpz_partition_size) the
-                 host's own copy beside it, b P / H for H ranks of a host
+                 host's own copy beside it, b P / H for H ranks of a host. In 8 bits
+                 (zero_quantized_nontrainable_weights) frozen matrices but the embedding take r = 1 + 4/256 bytes an element
+                 instead of b, here and on the wire
     gradients    b T / N in stages 2 and 3, b T below: what is kept between micro-batches
     optimizer    12 T / N: fp32 master, exp_avg, exp_avg_sq (12 T in stage 0). Frozen parameters have neither gradients nor
                  optimizer states
@@ -40,6 +42,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ksl_ds.sharding.eight_bits import GROUP
+from ksl_ds.sharding.rounding import rounds_frozen
+
+ROUNDED_BYTES = 1 + 4 / GROUP  # of an element in 8 bits, with its share of a scale
 MOST_RANKS = 1 << 16
 AUTO = 0
 SIZES = {  # of `Zero`, and DeepSpeed's names for them
@@ -66,6 +72,7 @@ class Zero:
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     host_ranks: int = 1  # that share a copy of the weights (hpZ); AUTO: those of a host
+    rounds_frozen: bool = False  # frozen weights in 8 bits, see sharding/rounding.py
     contiguous_gradients: bool = True
 
     @classmethod
@@ -80,6 +87,7 @@ class Zero:
             settings[name] = section.get(name, {}).get("device", "none") != "none"
         copies = section.get("zero_hpz_partition_size", 1)
         settings["host_ranks"] = AUTO if copies == "auto" else max(1, copies)
+        settings["rounds_frozen"] = rounds_frozen(config)
         for ours, theirs in SIZES.items():
             if theirs in section:
                 settings[ours] = int(section[theirs])
@@ -148,6 +156,9 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
     has_copies = sharded and 1 < zero.host_ranks < ranks
     if has_copies:
         weights += b * _share(everything, zero.host_ranks)
+    rounded = _rounded(method, training, zero, ranks)
+    spared = b - ROUNDED_BYTES  # by an element in 8 bits
+    weights -= round(spared * (rounded / ranks + (rounded / zero.host_ranks if has_copies else 0)))
     gradients = b * (trained_share if zero.stage >= 2 else sum(method.trained))
     optimizer = 12 * trained_share
     stepped = (6 if b == 2 else 4) * min(trained_share, zero.sub_group_size)
@@ -167,6 +178,8 @@ def rank_needs(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) 
     trained = sum(method.trained)
     if sharded:
         wire_step = b * (2 * passing - stays + method.gathered_again + trained) + b * kept_whole
+        rounded_share = rounded / passing if rounded else 0
+        wire_step -= round(spared * ((2 * passing - stays) * rounded_share + method.gathered_again * bool(rounded)))
     else:
         wire_step = b * trained * (3 if zero.stage else 2)
     between = min(wire_step, b * (3 * trained + kept_whole)) if has_copies else wire_step
@@ -223,6 +236,17 @@ def first_true(holds: Callable[[int], bool], most: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
+
+
+def _rounded(method: MethodCost, training: ModelDims, zero: Zero, ranks: int) -> int:
+    """Elements of the weights in 8 bits: frozen, not the embedding, not small, and of whole groups on every rank."""
+    if not zero.rounds_frozen or zero.stage < 3:
+        return 0
+    frozen = list(method.frozen)
+    embedding = training.vocab_size * training.width
+    if embedding not in method.trained and embedding in frozen:
+        frozen.remove(embedding)
+    return sum(numel for numel in frozen if numel > zero.persistence_threshold and numel % (GROUP * ranks) == 0)
 
 
 def _share(numels: Sequence[int], ranks: int) -> int:

@@ -109,6 +109,7 @@ def tables(plan: Plan, command: EstimateCommand) -> list[Table]:
         ],
         traffic_rows,
         [
+            *(["Frozen weights in 8 bits, but for the embedding."] * zero.rounds_frozen),
             *(["Hierarchical partitioning (hpZ): frozen weights come from the host's copy."] * (zero.host_ranks > 1)),
             *(
                 ["As on one host; gpus_per_host=N counts the copy of the weights that each of several keeps (hpZ)."]

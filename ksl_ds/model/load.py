@@ -30,15 +30,18 @@ from ksl_ds.config.schema import Model, Recipe
 from ksl_ds.errors import UserError
 from ksl_ds.model.adapters import enable_checkpointing
 from ksl_ds.model.folder import ModelFolder, local_folder, open_model
+from ksl_ds.sharding.eight_bits import round_trip, scale_of
 from ksl_ds.sharding.engine import TORCH_DTYPE, forget_host_groups, stage_of
 from ksl_ds.sharding.partition import (
     drop_host_copy,
     full_shape,
     host_part,
     is_partitioned,
+    is_rounded,
     local_part,
     stored_weight,
 )
+from ksl_ds.sharding.rounding import for_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ def load_model(recipe: Recipe, folder: ModelFolder, config: dict[str, Any]) -> n
 
     forget_host_groups()
     # transformers keeps a weak reference to this configuration: it must live until the model is built.
-    zero_config = HfDeepSpeedConfig(config)
+    zero_config = HfDeepSpeedConfig(for_deepspeed(config))
     model_config = copy.deepcopy(folder.config)
     untie = folder.tied and recipe.model.embedding_scope == "input"
     if untie or (folder.config_ties and not folder.tied):
@@ -118,8 +121,10 @@ def free_weights(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         drop_host_copy(parameter)
-        for weight in (parameter, stored_weight(parameter)):
-            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        stored = stored_weight(parameter)
+        for weight in (parameter, stored, scale_of(stored)):
+            if weight is not None:
+                weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 def _copy_weight(source: nn.Parameter, target: nn.Parameter) -> None:
@@ -224,7 +229,7 @@ def verify_weights(model: nn.Module, folder: ModelFolder, sums: dict[str, Sums])
 def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parameter | None = None) -> str | None:
     """The first weight whose part on this rank, or its part of the host's copy, differs from a checkpoint; or None.
 
-    Compared in the model's dtype.
+    Compared in the model's dtype, or as rounded to 8 bits.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stored = folder.stored_name(name)
@@ -232,7 +237,10 @@ def differing_weight(model: nn.Module, folder: ModelFolder, leave_out: nn.Parame
             continue
         for part, start in filter(None, (_own_share(parameter), host_part(parameter))):
             expected = folder.read_flat(stored, start, start + part.numel()) if part.numel() else part.cpu()
-            if not torch.equal(part.cpu(), expected.to(part.dtype)):
+            expected = expected.to(part.dtype)
+            if is_rounded(parameter):
+                expected = round_trip(expected)
+            if not torch.equal(part.cpu(), expected):
                 return name
     return None
 

@@ -14,6 +14,7 @@ from ksl_ds.errors import UserError
 from ksl_ds.model.adapters import adapter_config, enable_checkpointing
 from ksl_ds.model.dry_run import first_line, meta_model
 from ksl_ds.sharding.engine import TORCH_DTYPE, stage_of
+from ksl_ds.sharding.rounding import ROUNDED, rounds_frozen
 
 
 def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any], method: str | None) -> Any:
@@ -35,6 +36,11 @@ def prepare_method(recipe: Recipe, model_config: Any, zero_config: dict[str, Any
     UserError
         If the architecture does not support the method, the checkpointing or ZeRO-3.
     """
+    if method == "full" and rounds_frozen(zero_config):
+        raise UserError(
+            f"method full trains every weight, but {recipe.deepspeed} keeps them in 8 bits "
+            f"(zero_optimization.{ROUNDED}); choose another DeepSpeed JSON"
+        )
     dtype = TORCH_DTYPE[recipe.training.precision]
     trust = recipe.model.trust_remote_code
     model = meta_model(copy.deepcopy(model_config), dtype, untied=False, trust_remote_code=trust)

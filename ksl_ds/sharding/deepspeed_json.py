@@ -59,8 +59,8 @@ UNSUPPORTED_IN_SECTIONS = (
     "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
     "zero_optimization.stage3_module_granularity_threshold", "zero_optimization.module_granularity_threshold",
     "zero_optimization.zenflow", "zero_optimization.zeropp_loco_param",
-    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
-    "zero_optimization.zero_quantized_gradients", "zero_optimization.offload_optimizer.ratio",
+    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.offload_optimizer.ratio",
     "zero_optimization.offload_optimizer.super_offload",
 )  # fmt: skip
 HOST_COPIES = "zero_hpz_partition_size"

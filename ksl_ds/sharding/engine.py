@@ -24,7 +24,9 @@ from ksl_ds.config.load import shipped_file
 from ksl_ds.config.schema import Recipe, Tuning
 from ksl_ds.errors import UserError
 from ksl_ds.sharding.partition import gathered
+from ksl_ds.sharding.rounding import ROUNDED, for_deepspeed, rounds_frozen
 
+ROUNDS_ON = ("cuda",)  # devices where frozen weights may be kept in 8 bits
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,6 +50,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     path = shipped_file(recipe.deepspeed, "ds_configs")
     config = read_config(recipe.deepspeed)
     _set_host_copies(path, config)
+    _check_rounding(path, config)
     training = recipe.training
     decided = {
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
@@ -91,6 +94,21 @@ def _set_host_copies(path: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{path} has zero_optimization.{HOST_COPIES} = {size}, but a host has {here} of the {ranks} ranks, so a "
             'copy of the weights would not lie on one host; write "auto"'
+        )
+
+
+def _check_rounding(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError if frozen weights in 8 bits are asked for where that cannot work, or has no use."""
+    if not rounds_frozen(config):
+        return
+    has = f"{path} has zero_optimization.{ROUNDED}"
+    if stage_of(config) < 3:
+        raise UserError(f"{has}, but below stage 3 weights are not partitioned, and DeepSpeed ignores it; remove it")
+    if config["zero_optimization"].get("offload_param", {}).get("device", "none") != "none":
+        raise UserError(f"{has}, which was not tested with weights in host memory; remove it or offload_param")
+    if distributed.device().type not in ROUNDS_ON:
+        raise UserError(
+            f"{has}, which is for CUDA devices: it spares a GPU's memory, and this rank has none; remove it"
         )
 
 
@@ -155,7 +173,9 @@ def training_engine(
     """
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=for_deepspeed(config)
+    )
     try:
         yield engine
     finally:
@@ -167,7 +187,7 @@ def inference_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[nn.Mo
     """The model under a DeepSpeed engine without optimizer, which gathers ZeRO-3's weights layer by layer."""
     import deepspeed
 
-    without_training = {name: value for name, value in config.items() if name != "gradient_clipping"}
+    without_training = {name: value for name, value in for_deepspeed(config).items() if name != "gradient_clipping"}
     engine, *_ = deepspeed.initialize(model=model, config=without_training)
     try:
         yield engine.module

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ksl_ds.sharding.eight_bits import dequantise, scale_of
+
 
 def is_partitioned(parameter: Any) -> bool:
     """Whether ZeRO-3 has partitioned the parameter, so that its own data may be empty."""
@@ -37,13 +39,11 @@ def stored_weight(parameter: Any) -> Tensor:
 def local_part(parameter: Any) -> tuple[Tensor, int]:
     """This rank's flat part of the weights without padding, a view, and its offset in the flattened parameter.
 
-    The whole parameter, with offset 0, if it is not partitioned.
+    The whole parameter, with offset 0, if it is not partitioned; the values, not a view, where they are in 8 bits.
     """
     if not is_partitioned(parameter):
         return parameter.detach().view(-1), 0
-    size = parameter.ds_tensor.ds_numel
-    start = size * dist.get_rank(parameter.ds_process_group)
-    return parameter.ds_tensor.detach()[: max(0, min(size, parameter.ds_numel - start))], start
+    return _part(parameter, parameter.ds_tensor, parameter.ds_process_group)
 
 
 def host_part(parameter: Any) -> tuple[Tensor, int] | None:
@@ -54,8 +54,20 @@ def host_part(parameter: Any) -> tuple[Tensor, int] | None:
     copy = getattr(parameter, "ds_secondary_tensor", None)
     if copy is None:
         return None
-    start = copy.ds_numel * dist.get_rank(parameter.ds_zero_param_process_group)
-    return copy.detach()[: max(0, min(copy.ds_numel, parameter.ds_numel - start))], start
+    return _part(parameter, copy, parameter.ds_zero_param_process_group)
+
+
+def _part(parameter: Any, part: Any, group: Any) -> tuple[Tensor, int]:
+    """A rank's flat part, of those of a group of ranks, without padding; and its offset."""
+    start = part.ds_numel * dist.get_rank(group)
+    scale_G = scale_of(part)
+    values = part.detach() if scale_G is None else dequantise(part, scale_G, parameter.dtype)
+    return values[: max(0, min(part.ds_numel, parameter.ds_numel - start))], start
+
+
+def is_rounded(parameter: Any) -> bool:
+    """Whether the parameter is kept in 8 bits, see rounding.py."""
+    return scale_of(stored_weight(parameter)) is not None
 
 
 def drop_host_copy(parameter: Any) -> None:

@@ -166,6 +166,7 @@ def train(
         outcome.peak_memory_bytes = distributed.peak_memory()
         moments = sum(moment.nbytes for moment in optimizer_tensors(engine))
         outcome.optimizer_bytes = sum(distributed.gather_objects(moments))
+        engine.empty_partition_cache()  # weights that DeepSpeed fetched for a step that does not come
         result = at_end()
     return outcome, result
 

@@ -37,6 +37,7 @@ from ksl_ds.report.records import (
 from ksl_ds.report.tracking import Tracker
 from ksl_ds.sharding.checkpoint import Checkpoints
 from ksl_ds.sharding.engine import check_precision, deepspeed_config
+from ksl_ds.sharding.rounding import round_frozen
 from ksl_ds.text.batches import check_positions, padding_id
 from ksl_ds.text.comet import check_comet
 from ksl_ds.text.corpus import Corpus, Split
@@ -163,6 +164,7 @@ def open_run(
     logger.info(f"loading {folder.path} on {distributed.world_size()} ranks")
     model = load_model(recipe, folder, config)
     inputs["weights"] = weight_digests(model)
+    round_frozen(model, config)
     prompts = [example.prompt_ids for example in examples["test"]]
     with run_lock(run_dir):
         # Again, since another process may have resumed the run while this one loaded the model.

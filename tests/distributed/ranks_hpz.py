@@ -1,6 +1,7 @@
 """Run by test_hpz.py on four ranks, in groups of two: hierarchical partitioning gives plain ZeRO-3's numbers to the bit."""
 
 import json
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from helpers.cases import run_cases
 from helpers.runs import ZERO3, losses, prepare_job
+from helpers.tiny import make_model_folder
+from safetensors.torch import load_file, save_file
 
 from ksl_ds import distributed
 from ksl_ds.commands import certify, evaluate, lottery, tune
@@ -18,12 +21,19 @@ from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import Interrupted, UserError
 from ksl_ds.model.folder import open_model
 from ksl_ds.model.load import differing_weight, load_model
+from ksl_ds.model.methods import prepare_method
 from ksl_ds.report.tracking import Tracker
+from ksl_ds.sharding import engine
 from ksl_ds.sharding.engine import deepspeed_config, gathered_weights
-from ksl_ds.sharding.partition import host_part
+from ksl_ds.sharding.partition import host_part, is_rounded
+from ksl_ds.sharding.rounding import round_frozen
 from ksl_ds.sharding.rows import RowShard
 
 PLAIN, HPZ = "ds.json", "hpz.json"
+ROUNDED, ROUNDED_HPZ = "rounded.json", "rounded_hpz.json"
+# Attention matrices divide into groups on 4 ranks, those of the MLP do not. Cards name their base, so names are as long.
+WIDE, FLAT = "wider", "flat8"
+SIZES = {"hidden_size": 64, "intermediate_size": 120}
 MEASURED = ("seconds", "evaluation_seconds", "peak_memory_bytes", "optimizer_bytes")
 SMALL = ["training.batch_size=8", "text.max_test_pairs=4", "evaluation.max_new_tokens=4"]
 log = Tracker.log
@@ -33,7 +43,14 @@ def prepare(folder: Path) -> None:
     """The job's folder with a DeepSpeed JSON of hpZ."""
     prepare_job(folder)
     zero = {**ZERO3["zero_optimization"], "zero_hpz_partition_size": 2}
-    (folder / HPZ).write_text(json.dumps({**ZERO3, "zero_optimization": zero}))
+    make_model_folder(folder / WIDE, tied=True, **SIZES)
+    rounded = {"zero_quantized_nontrainable_weights": True}
+    for name, settings in {
+        HPZ: zero,
+        ROUNDED: {**ZERO3["zero_optimization"], **rounded},
+        ROUNDED_HPZ: {**zero, **rounded},
+    }.items():
+        (folder / name).write_text(json.dumps({**ZERO3, "zero_optimization": settings}))
 
 
 def recipe(*words: str) -> Recipe:
@@ -116,6 +133,82 @@ def written_rows() -> None:
     assert torch.equal(seen_VD, expected_VD)
 
 
+def rounded_folder() -> None:
+    """A folder of the wide model with rounded matrices: those of whole groups on every rank, but for the embedding."""
+    if distributed.is_rank0():
+        shutil.copytree(WIDE, FLAT)
+        weights = load_file(f"{WIDE}/model.safetensors")
+        for name, weight in weights.items():
+            if weight.dim() > 1 and weight.numel() % (4 * 256) == 0 and "embed" not in name:
+                groups_G256 = weight.view(-1, 256)
+                scale_G1 = groups_G256.abs().amax(1, keepdim=True) / 127
+                weight.copy_(((groups_G256 / scale_G1).round() * scale_G1).view_as(weight))
+        save_file(weights, f"{FLAT}/model.safetensors", {"format": "pt"})
+    distributed.barrier()
+
+
+def rounded_weights() -> None:
+    """Frozen weights kept in 8 bits give the numbers of a model whose files hold the rounded values, with hpZ and without."""
+    rounded_folder()
+    few = ["embed_tuning.max_steps=3", "partial_tuning.max_steps=3", "training.eval_every=null"]
+    commands = {
+        "lottery": (lottery, few),
+        "lora": (tune, ["method=lora", "lora.max_steps=2", "evaluation.gather_weights=false"]),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ROUNDS_ON", ("cpu",))
+        for name, (command, words) in commands.items():
+            command.main(recipe(*words, f"model.path={FLAT}", f"deepspeed={PLAIN}", f"run_dir={name} exact"))
+            for json_name in (ROUNDED, ROUNDED_HPZ) if command is lottery else (ROUNDED_HPZ,):
+                run_dir = f"{name} {json_name}"
+                command.main(recipe(*words, f"model.path={WIDE}", f"deepspeed={json_name}", f"run_dir={run_dir}"))
+                distributed.barrier()
+                assert results(run_dir) == results(f"{name} exact"), (results(run_dir), results(f"{name} exact"))
+                for stage in results(run_dir):
+                    assert losses(Path(run_dir), stage) == losses(Path(f"{name} exact"), stage), (json_name, stage)
+        # What a lottery saves has the weights of the files; its certificate is about rounded ones, of both models.
+        saved = {}
+        for path in Path(f"lottery {ROUNDED_HPZ}/checkpoints/embed_tuning").glob("*.safetensors"):
+            saved |= load_file(path)
+        given = load_file(f"{WIDE}/model.safetensors")
+        assert [name for name in given if not torch.equal(saved[name], given[name])] == ["model.embed_tokens.weight"]
+        words = ["text.train=[]", "text.valid=[]", "certify.alphas=[.5]"]
+        found = []
+        for run_dir, *given_words in (
+            ("lottery exact", f"model.path={FLAT}", f"deepspeed={PLAIN}"),
+            (f"lottery {ROUNDED_HPZ}", f"model.path={WIDE}", f"deepspeed={ROUNDED_HPZ}"),
+        ):
+            reference = f"reference={run_dir}/checkpoints/embed_tuning"
+            certify.main(recipe(*words, reference, *given_words, f"run_dir=certified {run_dir}"))
+            distributed.barrier()
+            found.append(json.loads(Path(f"certified {run_dir}/results.json").read_text())["certificate"])
+        assert found[0] == found[1]
+
+
+def rounded_parts() -> None:
+    """What ranks hold: integers and scales, in parts of the host's copy too, the same as in the proof of the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ROUNDS_ON", ("cpu",))
+        wanted = recipe(f"model.path={WIDE}", f"deepspeed={ROUNDED_HPZ}")
+        config = deepspeed_config(wanted)
+        with pytest.raises(UserError, match="method full trains every weight, but"):
+            prepare_method(wanted, open_model(WIDE).config, config, "full")
+    folder = open_model(WIDE)
+    model = load_model(wanted, folder, config)
+    round_frozen(model, config)
+    assert differing_weight(model, folder) is None
+    rounded = {name: parameter for name, parameter in model.named_parameters() if is_rounded(parameter)}
+    assert len(rounded) == 8 and all("self_attn" in name for name in rounded)
+    for parameter in rounded.values():
+        assert [part.dtype for part in (parameter.ds_tensor, parameter.ds_secondary_tensor)] == [torch.int8] * 2
+        assert parameter.ds_tensor.numel() * 2 == parameter.ds_secondary_tensor.numel() == parameter.ds_numel // 2
+    name, parameter = next(iter(rounded.items()))
+    for part in (parameter.ds_tensor, parameter.ds_secondary_tensor):
+        part[1] += 1
+        assert differing_weight(model, folder) == name
+        part[1] -= 1
+
+
 def wrong_size() -> None:
     """A copy that would lie on two hosts is one sentence; `auto` takes the ranks of a host."""
     with pytest.MonkeyPatch.context() as patch:
@@ -138,6 +231,8 @@ CASES = {
     "lora": partial(same, tune, "lora", "method=lora", "lora.max_steps=2", *FEW),
     "resumed": resumed,
     "written rows": written_rows,
+    "rounded weights": rounded_weights,
+    "rounded parts": rounded_parts,
     "wrong size": wrong_size,
 }
 if __name__ == "__main__":

@@ -9,26 +9,42 @@ from helpers.tiny import SHAPES, random_model
 
 from ksl_ds import distributed, train_only_rows
 from ksl_ds.model.row_parameter import TicketRows
+from ksl_ds.sharding.eight_bits import GROUP, round_trip
 from ksl_ds.sharding.engine import destroy_engine
+from ksl_ds.sharding.partition import is_rounded
+from ksl_ds.sharding.rounding import ROUNDED, for_deepspeed, round_frozen
 from ksl_ds.sharding.rows import RowShard
 
 VOCABULARY, STEPS = 67, 50
 TICKET = torch.tensor([0, 3, 5, 66])  # the padding row among them
 
 
-def build(architecture: str, tied: bool, dtype: torch.dtype, stage: int) -> torch.nn.Module:
+def build(architecture: str, tied: bool, dtype: torch.dtype, stage: int, zero: dict, rounded: str) -> torch.nn.Module:
     model = random_model(architecture, VOCABULARY, tied=tied).to(dtype)
+    if rounded == "before":
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if (
+                    weight.dim() > 1
+                    and "embed" not in name
+                    and weight.numel() % (GROUP * distributed.world_size()) == 0
+                ):
+                    weight.copy_(round_trip(weight.flatten()).view_as(weight))
     if stage == 3:
-        config_dict = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        config_dict = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}}
         deepspeed.zero.Init(module=model, config_dict_or_path=config_dict, dtype=dtype)
+    if rounded == "after":
+        round_frozen(model, EIGHT_BITS)
+        assert sum(map(is_rounded, model.parameters())) == 14
     return model.requires_grad_(False)
 
 
 def train(
-    mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, accumulation=1, ticket=TICKET, decay=0.1, **zero
-):
+    mode, architecture, tied, stage, dtype=torch.float32, steps=STEPS, accumulation=1, ticket=TICKET, decay=0.1,
+    rounded="", **zero
+):  # fmt: skip
     """Losses and gradient norms of all steps, and the ticket's rows, after AdamW with decay and clipping."""
-    model = build(architecture, tied, dtype, stage)
+    model = build(architecture, tied, dtype, stage, zero, rounded)
     shard = RowShard(model.get_input_embeddings().weight)
     base_KD = shard.read_rows(ticket)
     base_VD = shard.read_rows(torch.arange(VOCABULARY))
@@ -98,6 +114,16 @@ def compare_with_embed_tuning(stage, dtype):
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
+def compare_rounded(dtype):
+    """Frozen weights kept in 8 bits train as a model of rounded weights does, to the bit."""
+    settings = for_deepspeed(EIGHT_BITS)["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+    ours, theirs = (
+        train("rows", "llama", False, dtype=dtype, steps=10, rounded=when, **settings) for when in ("after", "before")
+    )
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+EIGHT_BITS = {"zero_optimization": {"stage": 3, ROUNDED: True}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CASES = {architecture: partial(compare_stages, architecture) for architecture in SHAPES} | {
     "stage 0": partial(compare, "llama", True, 0, tolerance=1e-6, steps=10),
@@ -109,6 +135,8 @@ CASES = {architecture: partial(compare_stages, architecture) for architecture in
     "bf16, stage 0": partial(compare, "llama", True, 0, tolerance=3e-2, steps=10, dtype=torch.bfloat16),
     "all rows, fp32": partial(compare_with_embed_tuning, 3, torch.float32),
     "all rows, bf16": partial(compare_with_embed_tuning, 2, torch.bfloat16),
+    "rounded, fp32": partial(compare_rounded, torch.float32),
+    "rounded, bf16": partial(compare_rounded, torch.bfloat16),
 }
 if __name__ == "__main__":
     run_cases(CASES)

@@ -99,7 +99,13 @@ MISTAKES = {
     "ZenFlow": (zero(zenflow={"topk_ratio": 0.1}), ["zenflow", "does not support"]),
     "quantised weights": (zero(zero_quantized_weights=True), ["zero_quantized_weights", "does not support"]),
     "quantised frozen weights": (
-        zero(zero_quantized_nontrainable_weights=True), ["zero_quantized_nontrainable_weights", "does not support"],
+        zero(zero_quantized_nontrainable_weights=True), ["zero_quantized_nontrainable_weights", "is for CUDA devices"],
+    ),
+    "quantised frozen weights, stage 2": (
+        {ZERO: {"stage": 2, "zero_quantized_nontrainable_weights": True}}, ["below stage 3 weights are not partitioned"],
+    ),
+    "quantised frozen weights in host memory": (
+        zero(zero_quantized_nontrainable_weights=True, offload_param={"device": "cpu"}), ["not tested with", "offload_param"],
     ),
     "quantised gradients": (zero(zero_quantized_gradients=True), ["zero_quantized_gradients", "does not support"]),
     "weights on NVMe": (

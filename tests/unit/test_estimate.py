@@ -137,6 +137,17 @@ def test_needs_by_hand():
         copied.wire_within == 0.5 * 2 * 2 * 200
     )  # frozen weights but the norm, twice, half of them from the neighbour
     assert copied.wire_step == copied.wire_between + copied.wire_within
+    # In 8 bits: the matrix of 2048, not the embedding, the norm, or what does not divide into groups of 256 on 4 ranks.
+    rounding = MethodCost("rows", trained=[30], frozen=[70, 10, 200, 2048], working=0, gathered_again=2048)
+    spared = 2 - 1 - 4 / 256
+    for ranks_of_host, parts in ((1, 1 / 4), (2, 1 / 4 + 1 / 2)):
+        of_host = replace(zero, host_ranks=ranks_of_host)
+        before = rank_needs(rounding, training, of_host, 4)
+        after = rank_needs(rounding, training, replace(of_host, rounds_frozen=True), 4)
+        assert before.weights - after.weights == round(spared * 2048 * parts)
+        from_others = 0.75 if ranks_of_host == 1 else 0.5
+        assert before.wire_step - after.wire_step == round(spared * 3 * 2048 * from_others)
+        assert (before.wire_between == after.wire_between) == (ranks_of_host == 2)
     one_host = rank_needs(method, training, replace(zero, host_ranks=4), 4)
     assert one_host.weights == needs.weights
     offloaded = rank_needs(method, training, Zero(stage=3, offload_optimizer=True, persistence_threshold=0), 4)
