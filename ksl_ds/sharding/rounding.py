@@ -8,7 +8,7 @@ scales; how version 0.19.8 makes them is of no use here, so the key is kept from
 - its `quantize_nontrainable_params` takes fp16 only, and the embedding as well, whose rows are read and written as they are
 - gathered together, weights are cast back to their partition's type, an integer: all of them end as 0. Hence
   `allgather_sequential`, by which each is gathered by itself
-- padding, and on one rank an attribute that nobody sets, end in an exception
+- on one rank it reads `Init.quantizer_module`, which nothing sets
 
 The embedding stays as it is, so do vectors, and matrices that do not divide into whole groups for every rank.
 """
