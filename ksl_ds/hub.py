@@ -41,10 +41,10 @@ def _remedy(error: BaseException, page: str) -> str | None:
         return "it is not complete in the cache, and HF_HUB_OFFLINE forbids to download it"
     if isinstance(error, errors.GatedRepoError) or ("DatasetNotFoundError" in kind and "gated" in str(error)):
         return f"it is gated; ask for access at {hub}/{page}, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError) or ("DatasetNotFoundError" in kind and "Revision" in str(error)):
+        return "there is no such revision; give a branch, a tag or a commit"
     if isinstance(error, errors.RepositoryNotFoundError) or "DatasetNotFoundError" in kind:
         return "there is no such repository, or it is private; check the id, or log in with `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "there is no such revision; give a branch, a tag or a commit"
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{error.response.url} is missing there"
     if isinstance(error, errors.HfHubHTTPError):

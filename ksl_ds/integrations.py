@@ -13,10 +13,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ksl_ds import distributed
+from ksl_ds.config.load import explain
 from ksl_ds.config.schema import Draw, EarlyStopping
 from ksl_ds.errors import UserError
 from ksl_ds.files import atomic_folder, write_json
@@ -62,7 +64,8 @@ class DrawCallback(TrainerCallback):
     Raises
     ------
     ValueError
-        When training begins: for an embedding under FSDP or tensor parallelism, or one that does not train.
+        For an argument out of its range; when training begins, for an embedding under FSDP or tensor parallelism, or one that
+        does not train.
     UserError
         For a base that is another model, or NaN in a row.
 
@@ -84,8 +87,10 @@ class DrawCallback(TrainerCallback):
         stop_overlap: float | None = None,
         stop_draws: int = 3,
     ):
-        settles = None if stop_overlap is None else EarlyStopping(overlap=stop_overlap, draws=stop_draws)
-        self._draw = Draw(alpha=alpha, method=method, every=every, early_stopping=settles)
+        settles = None
+        if stop_overlap is not None:
+            settles = _checked(EarlyStopping, "stop_", overlap=stop_overlap, draws=stop_draws)
+        self._draw = _checked(Draw, alpha=alpha, method=method, every=every, early_stopping=settles)
         self._out = None if out is None else Path(out)
         self._base = base
 
@@ -260,6 +265,14 @@ def save_token_adapter(model: nn.Module, ids: Sequence[int], folder: str | Path,
             write_json(draft / ADAPTER_CONFIG, config)
 
     distributed.run_on_rank0(write)
+
+
+def _checked(section: Any, prefix: str = "", **values: Any) -> Any:
+    """A section of the recipe from arguments, which are named as its keys after `prefix`."""
+    try:
+        return section(**values)
+    except ValidationError as error:
+        raise ValueError(f"DrawCallback: {prefix}{explain(error.errors()[0], section)}") from None
 
 
 def _trainer_of(callback: TrainerCallback) -> Trainer:

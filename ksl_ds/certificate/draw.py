@@ -14,7 +14,7 @@ from ksl_ds import distributed
 from ksl_ds.certificate.calibration import certify_texts, save_certified_ticket
 from ksl_ds.certificate.candidates import rows_of_reference, transfer_candidates
 from ksl_ds.certificate.predictions import predict_texts
-from ksl_ds.certificate.report import print_risk, risk_curves, risk_section
+from ksl_ds.certificate.report import risk_curves, risk_section, show_risk
 from ksl_ds.config.methods import Stage
 from ksl_ds.errors import UserError
 from ksl_ds.lottery.ticket import Shift, Ticket
@@ -59,11 +59,11 @@ def certified_ticket(run: RunContext, shard: RowShard, base_RD: Tensor, shift: S
     assert risk is not None  # check_recipe asks for text.valid
     run.results.certificate = {"risk": risk}
     run.save_results()
-    print_risk(risk)
+    section = show_risk(risk, run.tracker)
     certified = save_certified_ticket(run, reference, shift, candidates, risk)
     if certified is None:
         what = "The untuned model is certified, so there is no row to train" if risk["smallest"] else risk["sentence"]
         raise UserError(
             f"{what.rstrip('.')}; the embed-tuned model is kept in {tuned}, where ksl-ds certify tries other settings at once"
         )
-    return certified, [risk_section(risk, risk_curves(risk))]
+    return certified, [section]

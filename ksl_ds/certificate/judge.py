@@ -35,9 +35,7 @@ from ksl_ds.certificate.report import (
     certificate_reading,
     certificate_sections,
     certificate_table,
-    print_risk,
-    risk_curves,
-    risk_section,
+    show_risk,
 )
 from ksl_ds.config.schema import Recipe
 from ksl_ds.errors import UserError
@@ -195,19 +193,14 @@ def show(
     reading = certificate_reading(rows)
     print_table(content)
     print_text("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
-    if risk is not None:
-        print_risk(risk)
+    risk_sections = [show_risk(risk, run.tracker)] if risk is not None else []
 
     def write() -> None:
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
         write_text(run.dir / "counterexamples.jsonl", "".join(lines))
         curves = certificate_curves(rows)
         run.tracker.figure("Certificate", curves)
-        sections = certificate_sections(content, reading, curves, examples)
-        if risk is not None:
-            risk_figure = risk_curves(risk)
-            run.tracker.figure("Certified risk", risk_figure)
-            sections.insert(0, risk_section(risk, risk_figure))
+        sections = [*risk_sections, *certificate_sections(content, reading, curves, examples)]
         write_run_report(run, title=f"Certificate: {run.dir.name}", sections=sections)
 
     distributed.run_on_rank0(write)

@@ -28,6 +28,7 @@ from ksl_ds.report.tables import (
     probability,
     visible,
 )
+from ksl_ds.report.tracking import Tracker
 
 PERCENT = f"{CONFIDENCE:.0%}"
 CLAIMS = {
@@ -269,10 +270,13 @@ def risk_table(risk: Mapping[str, Any]) -> Table:
     return Table(title, columns, cells, [f"risk: {RISKS[risk['risk']]}.", ASSUMED])
 
 
-def print_risk(risk: Mapping[str, Any]) -> None:
-    """Prints the table of the certified risk and what it says."""
+def show_risk(risk: Mapping[str, Any], tracker: Tracker) -> Section:
+    """Prints the table of the certified risk and what it says, sends its figure to wandb; returns the part of report.html."""
     print_table(risk_table(risk))
     print_text("\n" + textwrap.fill(risk["sentence"], 100, subsequent_indent="  "))
+    curves = risk_curves(risk)
+    tracker.figure("Certified risk", curves)
+    return risk_section(risk, curves)
 
 
 def risk_sentence(risk: Mapping[str, Any]) -> str:

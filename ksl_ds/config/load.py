@@ -180,7 +180,7 @@ def _validated(schema: type, given: dict[str, Any]) -> Any:
     try:
         return TypeAdapter(schema).validate_python(given)
     except ValidationError as error:
-        raise UserError(_explain(error.errors()[0], schema)) from None
+        raise UserError(explain(error.errors()[0], schema)) from None
 
 
 def _value(recipe: Any, name: str) -> Any:
@@ -295,7 +295,7 @@ def _as_meant(section: type, given: dict[str, Any]) -> dict[str, Any]:
     return meant
 
 
-def _explain(error: Any, schema: type) -> str:
+def explain(error: Any, schema: type) -> str:
     """One sentence for one of pydantic's errors."""
     name = ".".join(part for part in error["loc"] if isinstance(part, str))
     if error["type"] == "unexpected_keyword_argument":

@@ -120,6 +120,7 @@ class Text:
     valid_split: Line = key("validation", "split name, for a Hub id in text.valid")
     test_split: Line = key("test", "split name, for a Hub id in text.test")
     hub_config: Line | None = key(None, "configuration name of a Hub dataset, such as en-fr")
+    revision: Line | None = key(None, "branch, tag or commit of a Hub dataset")
     source_column: Line = key("source", "column of the source sentence; a dot selects a nested column (translation.en)")
     target_column: Line = key("target", "column of the translation")
     source_language: Line = key(

@@ -230,7 +230,8 @@ def _rows(path: str, text: Text, split: str) -> Iterator[Any]:
 def _hub(path: str, text: Text, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
-    dataset = datasets.load_dataset(path, name=text.hub_config, split=getattr(text, f"{split}_split"))
+    name_of_split = getattr(text, f"{split}_split")
+    dataset = datasets.load_dataset(path, name=text.hub_config, split=name_of_split, revision=text.revision)
     return _batched(dataset.iter(batch_size=1000))
 
 

@@ -13,6 +13,7 @@ from helpers.html_requests import Page
 from helpers.processes import launch, run, succeeds
 from helpers.runs import prepare_job
 from helpers.tiny import SENTENCES, make_model_folder, write_model, write_pairs
+from helpers.wandb_records import records, summary_of
 from sacrebleu.metrics.chrf import CHRF
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -392,11 +393,13 @@ def prepare_lottery(folder: Path) -> None:
 def test_a_lottery_trains_the_smallest_certified_ticket(tmp_path):
     """Its certificate is the one that certify gives for the finished run; a resumed run keeps the ticket."""
     prepare_lottery(tmp_path)
-    words = ["lottery", "recipe.yaml", *CERTIFIED, "certify.epsilon=.7", "resume=auto"]
+    words = ["lottery", "recipe.yaml", *CERTIFIED, "certify.epsilon=.7", "resume=auto", "tracking.wandb=offline"]
     done = succeeds(launch(2, "--module", "ksl_ds", *words, cwd=tmp_path))
     found = results(tmp_path / "run")
     risk = found["certificate"]["risk"]
     assert risk["smallest"] is not None and risk["sentence"].split()[-1] in done.stdout
+    (log,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert "Certified risk" in summary_of(list(records(log)))
     kept = Ticket.load(tmp_path / "run/certified_ticket")
     largest = Ticket.load(tmp_path / "run/checkpoints/partial_transfer")
     assert kept.alpha == risk["smallest"]["alpha"] and largest.alpha == 0.99

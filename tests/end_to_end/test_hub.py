@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def job(tmp_path_factory):
         for split in ("train", "validation", "test"):
             write_pairs(folder / name / f"{split}.jsonl")
     (folder / "text_without_test" / "test.jsonl").unlink()
+    shutil.copytree(folder / "text", folder / "doubled")
+    write_pairs(folder / "doubled" / "train.jsonl", repeat=2)
     first = make_model_folder(folder / "first", tied=True)
     other = make_model_folder(folder / "other", tied=True, seed=1)
     (folder / "half").mkdir()
@@ -35,7 +38,7 @@ def job(tmp_path_factory):
         served.add("models", "org/cut", main=first)
         served.add("models", "org/half", main=folder / "half")
         served.add("models", "org/gated", gated=True, main=first)
-        served.add("datasets", "org/text", main=folder / "text")
+        served.add("datasets", "org/text", main=folder / "text", v1=folder / "doubled")
         served.add("datasets", "org/gated-text", gated=True, main=folder / "text")
         served.add("datasets", "org/two-splits", main=folder / "text_without_test")
         yield folder, served, Warm()
@@ -74,6 +77,11 @@ def test_a_lottery_by_ids_then_from_the_cache_then_of_another_revision(job):
     assert any("/revision/v1" in line for line in served.asked)
     assert results(job, "v1")["stages"]["untuned"]["test_loss"] != untuned["test_loss"]
 
+    checked = succeeds(
+        ksl_ds(job, "check", "recipe.yaml", "model.path=org/tiny", *TEXT, "run_dir=new", "text.revision=v1")
+    )
+    assert "24 train, 12 valid, 6 test pairs" in checked.stdout
+
 
 LOG_IN = "log in with `hf auth login`"
 
@@ -87,6 +95,7 @@ LOG_IN = "log in with `hf auth login`"
         "no weights": (["model.path=org/half"], ["org--half", "without weights"]),
         "cut model": (["model.path=org/cut"], ["org/cut", "no connection to http://", "check the network"]),
         "no such dataset": (["text.train=org/none"], ["text.train: org/none", "no such repository", LOG_IN]),
+        "no such revision of a dataset": (["text.revision=v2"], ["text.train: org/text", "no such revision"]),
         "gated dataset": (
             ["text.test=org/gated-text"],
             ["text.test", "it is gated", "/datasets/org/gated-text, ", LOG_IN],

@@ -116,6 +116,22 @@ def test_callback_of_a_resumed_training_compares_with_the_base(base, tmp_path):
     assert tickets[0].token_ids == tickets[1].token_ids and torch.equal(tickets[0].rows_KD, tickets[1].rows_KD)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"every": 0}, "every is 0; it should be greater than 0"),
+        ({"alpha": 1.5}, "alpha is 1.5; it should be less than 1"),
+        ({"method": "exactly"}, "method is exactly; it should be 'exact' or 'asymp'"),
+        ({"stop_overlap": 2.0}, "stop_overlap is 2.0; it should be less than or equal to 1"),
+        ({"stop_overlap": 0.5, "stop_draws": 0}, "stop_draws is 0; it should be greater than 0"),
+    ],
+)
+def test_callback_refuses_an_argument_in_one_sentence(arguments, said):
+    with pytest.raises(ValueError) as caught:
+        DrawCallback(**arguments)
+    assert str(caught.value) == f"DrawCallback: {said}"
+
+
 def test_callback_says_what_it_cannot_do(base, tmp_path):
     model, tokenizer = load(base)
     model.requires_grad_(False)
