@@ -145,8 +145,11 @@ def _own_parts_read(folder: ModelFolder) -> Iterator[dict[str, Sums]]:
     """
     from transformers import modeling_utils
 
-    load_whole = modeling_utils._load_state_dict_into_zero3_model
     sums: dict[str, Sums] = {}
+    load_whole = getattr(modeling_utils, "_load_state_dict_into_zero3_model", None)
+    if load_whole is None:  # a version of transformers that calls it otherwise
+        yield sums
+        return
 
     def load(model: nn.Module, state_dict: dict[str, torch.Tensor], load_config: Any = None) -> tuple[Any, set[str]]:
         sums.update(_read_own_parts(model, folder))
