@@ -39,8 +39,8 @@ def finish(recipe: Recipe, tickets: Mapping[int, Mapping[str, Ticket]], runs: Se
     """
     home = Path(recipe.run_dir)
     directions = recipe.text.directions
-    first = next((of for of in tickets.values() if sum(name in of for name in directions) > 1), None)
-    if first is None:
+    complete = [seed for seed, of in tickets.items() if sum(name in of for name in directions) > 1]
+    if not complete:
         raise UserError("fewer than two directions have a ticket; the sentences above say why")
     results = MultilingualResults(
         directions=directions,
@@ -51,7 +51,7 @@ def finish(recipe: Recipe, tickets: Mapping[int, Mapping[str, Ticket]], runs: Se
         recipe=asdict(recipe),
     )
     write_text(home / "results.json", results.to_json())
-    of_seed = {name: ticket for name, ticket in first.items() if name in (*directions, JOINT)}
+    of_seed = {name: ticket for name, ticket in tickets[complete[0]].items() if name in (*directions, JOINT)}
     overlaps = overlaps_of(of_seed)
     own = overlaps_of({name: ticket for name, ticket in of_seed.items() if name != JOINT})
     by_alpha = overlaps_at(of_seed)
@@ -59,9 +59,10 @@ def finish(recipe: Recipe, tickets: Mapping[int, Mapping[str, Ticket]], runs: Se
         overlap_table(overlaps),
         shared_rows_table(own, tokens_of(of_seed.values())),
         alpha_table(by_alpha),
-        tables.transfer_table(results, "test_loss"),
-        tables.transfer_table(results, "bleu"),
     ]
+    if len(tickets) > 1:
+        shown[0].notes.append(f"These and the next two tables are of seed {complete[0]}.")
+    shown += [tables.transfer_table(results, "test_loss"), tables.transfer_table(results, "bleu")]
     for one in shown:
         print_table(one)
     words = tables.readings(results, overlaps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 from ksl_ds.lottery.overlap import Overlaps
 from ksl_ds.multilingual.records import INTERSECTION, JOINT, RANDOM, UNION, Kind, MultilingualResults
@@ -79,22 +80,26 @@ def readings(results: MultilingualResults, overlaps: Overlaps) -> list[str]:
         f"{len(above)} of {len(pairs)} pairs of tickets share more rows than random tickets of their sizes would; "
         f"{len(common)} rows are in all."
     ]
-    for label, sources in {
-        "Another direction's rows": directions,
-        "The joint ticket's rows": [JOINT],
-        "The rows common to all": [INTERSECTION],
-        "Random rows": [RANDOM],
-    }.items():
+    if more := _over_seeds(results):
+        sentences.append(more)
+    for label, kind, sources in (
+        ("Another direction's rows, trained, gain", Kind.TRAINED, directions),
+        ("The joint ticket's rows, trained, gain", Kind.TRAINED, [JOINT]),
+        ("The rows of all tickets together, trained, gain", Kind.TRAINED, [UNION]),
+        ("The rows common to all, trained, gain", Kind.TRAINED, [INTERSECTION]),
+        ("Random rows, trained, gain", Kind.TRAINED, [RANDOM]),
+        ("Another direction's tuned rows, as they are, gain", Kind.APPLIED, directions),
+    ):
         gained = []
         for direction in directions:
-            own = _gain(results, direction, direction)
+            own = _gain(results, Kind.TRAINED, direction, direction)
             for source in sources:
-                other = _gain(results, source, direction)
+                other = _gain(results, kind, source, direction)
                 if source != direction and own and other is not None:
                     gained.append(other / own)
         if gained:
             sentences.append(
-                f"{label} gain {100 * sum(gained) / len(gained):.0f} % of what the own ticket gains in test loss when trained "
+                f"{label} {100 * sum(gained) / len(gained):.0f} % of what the own ticket gains in test loss "
                 f"(from {100 * min(gained):.0f} % to {100 * max(gained):.0f} %)."
             )
     starred = [
@@ -111,8 +116,23 @@ def readings(results: MultilingualResults, overlaps: Overlaps) -> list[str]:
     return sentences
 
 
-def _gain(results: MultilingualResults, source: str, direction: str) -> float | None:
-    """By how much trained rows lower the test loss."""
+def _over_seeds(results: MultilingualResults) -> str | None:
+    """Whether a ticket depends on the direction or on the sentences' order; None for a single seed."""
+    rows = {(name, seed): set(ids) for seed, of in results.tickets.items() for name, ids in of.items() if name != JOINT}
+    pairs = [(one, other) for one, other in combinations(sorted(rows), 2) if rows[one] | rows[other]]
+    jaccard = {(one, other): len(rows[one] & rows[other]) / len(rows[one] | rows[other]) for one, other in pairs}
+    same = [overlap for (one, other), overlap in jaccard.items() if one[0] == other[0]]
+    different = [overlap for (one, other), overlap in jaccard.items() if one[1] == other[1]]
+    if not same or not different:
+        return None
+    return (
+        f"Tickets of one direction with two seeds have a Jaccard overlap of {sum(same) / len(same):.3f} on average, those of "
+        f"two directions with one seed {sum(different) / len(different):.3f}."
+    )
+
+
+def _gain(results: MultilingualResults, kind: Kind, source: str, direction: str) -> float | None:
+    """By how much rows lower the test loss."""
     untuned = results.mean(Kind.UNTUNED, JOINT, direction, "test_loss")
-    trained = results.mean(Kind.TRAINED, source, direction, "test_loss")
-    return None if untuned is None or trained is None else untuned - trained
+    tuned = results.mean(kind, source, direction, "test_loss")
+    return None if untuned is None or tuned is None else untuned - tuned
