@@ -199,15 +199,15 @@ def test_po_folder_is_read_in_an_order_of_its_own(tmp_path):
 def test_hub_dataset_by_id_configuration_and_split(monkeypatch):
     asked = []
 
-    def load_dataset(path, name=None, split=None):
-        asked.append((path, name, split))
+    def load_dataset(path, name=None, split=None, revision=None):
+        asked.append((path, name, split, revision))
         return datasets.Dataset.from_list([{"id": "1", "translation": {"en": s, "fr": t}} for s, t in PAIRS])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     nested = {"source_column": "translation.en", "target_column": "translation.fr"}
     assert pairs_of("Helsinki-NLP/opus_books", hub_config="en-fr", **nested) == sorted(PAIRS)
-    assert pairs_of("wmt14", split="test", test_split="validation[:10%]", **nested) == sorted(PAIRS)
-    assert asked == [("Helsinki-NLP/opus_books", "en-fr", "train"), ("wmt14", None, "validation[:10%]")]
+    assert pairs_of("wmt14", split="test", test_split="validation[:10%]", revision="v1", **nested) == sorted(PAIRS)
+    assert asked == [("Helsinki-NLP/opus_books", "en-fr", "train", None), ("wmt14", None, "validation[:10%]", "v1")]
 
 
 def test_local_files_leave_no_cache_behind(tmp_path):

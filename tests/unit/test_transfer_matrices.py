@@ -91,7 +91,8 @@ def test_the_sentences_say_what_transfers(results):
         "seed 0.350.",
         "Another direction's rows, trained, gain 50 % of what the own ticket gains in test loss (from 50 % to 50 %).",
         "Random rows, trained, gain 0 % of what the own ticket gains in test loss (from 0 % to 0 %).",
-        "Another direction's tuned rows, as they are, gain 11 % of what the own ticket gains in test loss (from 11 % to 11 %).",
+        "Another direction's tuned rows, as they are, gain 11 % of what the own ticket gains in test loss (from 11 % to "
+        "11 %).",
     ]
     assert sentences[-1] == "BLEU differs significantly from the own ticket's for: en-es on en-ca."
 
