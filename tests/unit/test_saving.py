@@ -85,7 +85,7 @@ def test_blocks_make_the_matrix(tmp_path, monkeypatch):
     """However many rows travel at once, and whatever the dtype of the file."""
     base = ModelFolder(make_model_folder(tmp_path / "base", tied=True, dtype=torch.bfloat16, max_shard_size="20KB"))
     run = moved_run(base)
-    for rows in (134, 7, 1):
+    for rows in (134, 60, 7):
         monkeypatch.setattr(RowShard, "rows_of_a_block", lambda shard, rows=rows: rows)
         save_embedding(run, tmp_path / f"out-{rows}")
         assert contents(tmp_path / f"out-{rows}") == contents(tmp_path / "out-134")
