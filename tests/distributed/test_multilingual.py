@@ -102,7 +102,7 @@ def test_every_ticket_is_tried_on_every_direction(directions):
         "What the tickets share",
         "Test loss on the test text",
         "rows of union",
-        "The joint ticket's rows gain",
+        "The joint ticket's rows, trained, gain",
     ):
         assert text in " ".join(done.stdout.split())
     assert (home / "report.html").read_text().count("<svg") == 3

@@ -32,7 +32,8 @@ from pathlib import Path
 
 PRELOADED = (
     "torch", "deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "transformers", "peft", "scipy.stats",
-    "sacrebleu", "wandb", "matplotlib.figure", "pydantic", "rich.table", "yaml", "pandas", "datasets", "safetensors.torch",
+    "sacrebleu", "wandb", "wandb.sdk.data_types._private", "matplotlib.figure", "pydantic", "rich.table", "yaml", "pandas",
+    "datasets", "safetensors.torch",
     "psutil", "jinja2", "markupsafe", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
     "transformers.generation", "accelerate",
 )  # fmt: skip
@@ -209,6 +210,10 @@ def become(request: dict, streams: list[int], client: str) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    # wandb makes a folder for pictures when it is imported, which the first fork to end would remove for all.
+    pictures = sys.modules["wandb.sdk.data_types._private"].MEDIA_TMP
+    pictures._finalizer.detach()
+    pictures.__init__("wandb-media")
     sys.executable = client
     first = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [*first, *(path for path in sys.path[1:] if path not in first)]
