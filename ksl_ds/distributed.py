@@ -171,30 +171,16 @@ def peak_memory() -> int:
 
 def progress(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> tqdm[Item]:
     """A progress bar with the time left, on rank 0 only; `done` of the total were done before."""
-    return tqdm(
-        items,
-        desc=label,
-        total=total,
-        initial=done,
-        disable=not is_rank0(),
-        dynamic_ncols=True,
-        file=sys.stderr,
-        smoothing=0.05,
-    )
+    return _bar(label, items, total=total, initial=done, smoothing=0.05)
 
 
 def byte_progress(label: str, total: int) -> tqdm[NoReturn]:
     """A progress bar of bytes with their rate, on rank 0 only, which its caller updates; not shown for what is quick."""
-    return tqdm(
-        desc=label,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=not is_rank0(),
-        dynamic_ncols=True,
-        file=sys.stderr,
-    )
+    return _bar(label, total=total, unit="B", unit_scale=True, delay=1)
+
+
+def _bar(label: str, items: Iterable[Any] | None = None, **settings: Any) -> tqdm[Any]:
+    return tqdm(items, desc=label, disable=not is_rank0(), dynamic_ncols=True, file=sys.stderr, **settings)
 
 
 @contextmanager

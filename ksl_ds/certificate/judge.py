@@ -193,9 +193,9 @@ def show(
     reading = certificate_reading(rows)
     print_table(content)
     print_text("\n" + "\n".join(textwrap.fill(sentence, 100, subsequent_indent="  ") for sentence in reading))
-    risk_sections = [show_risk(risk, run.tracker)] if risk is not None else []
 
     def write() -> None:
+        risk_sections = [show_risk(risk, run.tracker)] if risk is not None else []
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
         write_text(run.dir / "counterexamples.jsonl", "".join(lines))
         curves = certificate_curves(rows)

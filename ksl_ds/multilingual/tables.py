@@ -80,7 +80,7 @@ def readings(results: MultilingualResults, overlaps: Overlaps) -> list[str]:
         f"{len(above)} of {len(pairs)} pairs of tickets share more rows than random tickets of their sizes would; "
         f"{len(common)} rows are in all."
     ]
-    if more := _over_seeds(results):
+    if more := _over_seeds(results, overlaps.vocab_size):
         sentences.append(more)
     for label, kind, sources in (
         ("Another direction's rows, trained, gain", Kind.TRAINED, directions),
@@ -116,13 +116,20 @@ def readings(results: MultilingualResults, overlaps: Overlaps) -> list[str]:
     return sentences
 
 
-def _over_seeds(results: MultilingualResults) -> str | None:
+def _over_seeds(results: MultilingualResults, vocab_size: int) -> str | None:
     """Whether a ticket depends on the direction or on the sentences' order; None for a single seed."""
-    rows = {(name, seed): set(ids) for seed, of in results.tickets.items() for name, ids in of.items() if name != JOINT}
-    pairs = [(one, other) for one, other in combinations(sorted(rows), 2) if rows[one] | rows[other]]
-    jaccard = {(one, other): len(rows[one] & rows[other]) / len(rows[one] | rows[other]) for one, other in pairs}
-    same = [overlap for (one, other), overlap in jaccard.items() if one[0] == other[0]]
-    different = [overlap for (one, other), overlap in jaccard.items() if one[1] == other[1]]
+    drawn = [(name, seed, ids) for seed, of in results.tickets.items() for name, ids in of.items() if name != JOINT]
+    overlaps = Overlaps([name for name, _, _ in drawn], [frozenset(ids) for *_, ids in drawn], vocab_size)
+    same = []
+    different = []
+    for one, other in combinations(range(len(drawn)), 2):
+        jaccard = overlaps.jaccard(one, other)
+        if jaccard is None:
+            continue
+        if drawn[one][0] == drawn[other][0]:
+            same.append(jaccard)
+        elif drawn[one][1] == drawn[other][1]:
+            different.append(jaccard)
     if not same or not different:
         return None
     return (

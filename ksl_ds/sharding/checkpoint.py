@@ -1,4 +1,4 @@
-"""Checkpoints during training: atomic, verified on loading, no code in pickles.
+"""Checkpoints during training: atomic, verified on loading, without pickles.
 
 A checkpoint is a folder `step-00000120` with `state.json` (step, draws so far), one `rank-*.safetensors` per rank (random
 number generators), the training state (states.py), and `manifest.json` with the size and SHA-256 of each file. It is
@@ -33,13 +33,13 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class TrainingState(Protocol):
-    """The part of a checkpoint that depends on the training method; see states.py. Methods are collective."""
+    """What trains: see states.py. `load` is collective, the others do not communicate."""
 
     def bytes_of_rank(self) -> int:
         """About how many bytes this rank will write."""
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes to `folder` and returns this rank's files; raises OSError only after all communication."""
+        """Writes to `folder` and returns this rank's files. Raises OSError."""
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote. Raises UserError on every rank if it does not fit."""
@@ -92,7 +92,7 @@ class Checkpoints:
         self._check_space(step, training)
         digests: dict[str, Any] = {}
         try:
-            written = training.save(draft)  # collective, so first: a failure below leaves no rank waiting
+            written = training.save(draft)
             written.append(draft / f"rank-{distributed.rank():05d}.safetensors")
             safetensors.torch.save_file(_generators(), written[-1])
             for path in written:
@@ -154,7 +154,7 @@ class Checkpoints:
         draft.mkdir()
 
     def _check_space(self, step: int, training: TrainingState) -> None:
-        """Raises UserError on every rank if the disk is too full, before DeepSpeed starts to write."""
+        """Raises UserError on every rank if the disk is too full, before anything is written."""
         needed = sum(distributed.gather_objects(training.bytes_of_rank()))
         with distributed.raise_on_all_ranks():
             if not self.folder.is_dir():

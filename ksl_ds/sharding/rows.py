@@ -265,11 +265,6 @@ class RowShard:
             store(row_D, row, copies)
         drop_gathered(self._parameter)
 
-    def held(self) -> Span:
-        """The elements of the flattened matrix whose master values this rank holds."""
-        parts = self._parts()
-        return Span(0, self.num_rows * self.row_length) if parts is None else parts[distributed.rank()]
-
     def _parts(self) -> list[Span] | None:
         """Each rank's span of master values; None if every rank holds all."""
         if is_partitioned(self._parameter):
